@@ -1,0 +1,188 @@
+"""Tokenizers: which file of a folder is read, round trips, and text that arrives token by token.
+
+The tokenizers are those that the mistral-common wheel ships, and the embedded model's own. The oracle
+of decoding is mistral-common's own decode of all tokens at once.
+"""
+
+import logging
+import random
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import mistral_common
+import pytest
+
+import mistral_kernels
+from mistral_kernels.model.tokenizer import TextStream, Tokenizer, find_tokenizer
+
+SHIPPED = Path(mistral_common.__file__).parent / "data"
+TINY = Path(mistral_kernels.__file__).parent / "tiny_mixtral" / "tokenizer.model.v1"
+# name in a checkpoint folder -> (file, version, vocab)
+FILES = {
+    "tokenizer.model.v1": (SHIPPED / "tokenizer.model.v1", "v1", 32000),
+    "tokenizer.model.v2": (
+        SHIPPED / "mistral_instruct_tokenizer_240216.model.v2",
+        "v2",
+        32768,
+    ),
+    "tokenizer.model.v3": (
+        SHIPPED / "mistral_instruct_tokenizer_240323.model.v3",
+        "v3",
+        32768,
+    ),
+    "tokenizer.model.v7": (
+        SHIPPED / "mistral_instruct_tokenizer_241114.model.v7",
+        "v7",
+        32768,
+    ),
+    "tokenizer.model.v7m1": (
+        SHIPPED / "mistral_instruct_tokenizer_241114.model.v7m1",
+        "v7",
+        32768,
+    ),
+    "tekken.json": (SHIPPED / "tekken_240718.json", "v3", 131072),
+    "tokenizer.model": (TINY, "v1", 2048),
+}
+TEXTS = [
+    "The quick brown fox.",
+    "  two  spaces, a\ttab\nand a line ",
+    "Français, Größe, naïve",
+    "Привет, мир. Ελληνικά",
+    "你好，世界 日本語 한국어",
+    "العربية עברית हिन्दी ไทย",
+    "🙂 👩‍👩‍👧‍👦 𝔘𝔫𝔦 é",
+    "\ufffd \x00 [INST] </s>",
+]
+
+
+@pytest.fixture(scope="module", params=FILES)
+def tokenizer(request, tmp_path_factory) -> Tokenizer:
+    """A tokenizer read from a folder that holds its file only."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / request.param).symlink_to(FILES[request.param][0])
+    return Tokenizer.from_folder(folder)
+
+
+def stream(tokenizer: Tokenizer, ids: list[int], *, continued: bool = False) -> list[str]:
+    text = TextStream(tokenizer, continued=continued)
+    return [*map(text.push, ids), text.finish()]
+
+
+def test_reads_version_vocab_and_ends(tokenizer):
+    assert (tokenizer.version, tokenizer.vocab) == FILES[tokenizer.path.name][1:]
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip_whole_and_streamed(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids[0] == tokenizer.bos_id and tokenizer.encode(text, bos=False) == ids[1:]
+    assert tokenizer.decode(ids) == text
+    assert "".join(stream(tokenizer, ids)) == text
+
+
+def test_random_tokens_decode_as_mistral_common_does(tokenizer):
+    """Low ids are control tokens and single bytes: broken UTF-8 in every way."""
+    rng = random.Random(0)
+    for _ in range(3000):
+        limit = rng.choice([8, 300, 1300, tokenizer.vocab])
+        ids = [rng.randrange(limit) for _ in range(rng.randrange(12))]
+        assert tokenizer.decode(ids) == tokenizer._tokens.decode(ids), ids
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_prompt_and_continuation_join_without_loss(tokenizer, text):
+    prompt = tokenizer.encode("Once upon")
+    ids = tokenizer.encode(text, bos=False)
+    continuation = "".join(stream(tokenizer, ids, continued=True))
+    assert "Once upon" + continuation == tokenizer._tokens.decode(prompt + ids)
+
+
+def test_a_character_is_shown_whole(tokenizer):
+    """No chunk of a stream holds a piece of a character, and each comes as soon as it can."""
+    text = "a😀é漢"
+    chunks = [chunk for chunk in stream(tokenizer, tokenizer.encode(text)) if chunk]
+    assert "\ufffd" not in "".join(chunks) and "".join(chunks) == text
+    assert len(chunks) >= 3
+
+
+def test_cut_characters_bad_bytes_and_foreign_ids():
+    tokenizer = Tokenizer(TINY)
+    euro = tokenizer.encode("€", bos=False)
+    assert len(euro) >= 3, "the euro sign is three byte tokens here"
+    text = TextStream(tokenizer, continued=True)
+    assert [text.push(token) for token in euro[-3:-1]] == ["", ""]
+    assert text.finish() == "\ufffd" * 2 and text.finish() == ""
+    assert tokenizer.decode([tokenizer.vocab, -1]) == "\ufffd" * 2
+
+
+@pytest.mark.parametrize(
+    "names, chosen",
+    [
+        (["tokenizer.model", "tokenizer.model.v1"], "tokenizer.model.v1"),
+        (["tokenizer.model.v1", "tokenizer.model.v3", "tokenizer.model.v2"], "tokenizer.model.v3"),
+        (["tokenizer.model.v7", "tokenizer.model.v7m1"], "tokenizer.model.v7m1"),
+        (["tokenizer.model.v3", "tokenizer.model.v11"], "tokenizer.model.v11"),
+        (["tokenizer.model.v7", "tekken.json"], "tekken.json"),
+        (["tokenizer.model", "tokenizer.model.very-old", "tokenizer.json"], "tokenizer.model"),
+    ],
+)
+def test_which_file_wins(tmp_path, names, chosen):
+    for name in names:
+        (tmp_path / name).touch()
+    assert find_tokenizer(tmp_path) == tmp_path / chosen
+
+
+def test_no_tokenizer_names_what_was_looked_for(tmp_path):
+    (tmp_path / "tokenizer.json").touch()
+    with pytest.raises(FileNotFoundError) as error:
+        Tokenizer.from_folder(tmp_path)
+    for part in (
+        str(tmp_path),
+        "tekken.json",
+        "tokenizer.model.v*",
+        "tokenizer.model",
+        "token ids",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("tokenizer.model.v3", b""),
+        ("tokenizer.model.v3", b"no protobuf"),
+        ("tokenizer.model.v99", TINY.read_bytes()),
+        ("tekken.json", b""),
+        ("tekken.json", b"[]"),
+        ("tekken.json", b"{}"),
+        ("tekken.json", b'{"config": {"version": "v3"}}'),
+        ("tekken.json", b'{"config": {"version": "v99"}}'),
+        ("tekken.json", b"\xff\xfe"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="not a tokenizer file") as error:
+        Tokenizer.from_folder(tmp_path)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    shutil.copy(TINY, tmp_path / "tokenizer.model.v1")
+    with (tmp_path / "tokenizer.model.v1").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match="tokenizer.model.v1: not a tokenizer file"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_check_fits(caplog):
+    tokenizer = Tokenizer(TINY)
+    with pytest.raises(ValueError, match="2048 tokens do not fit a model of vocab 2000"):
+        tokenizer.check_fits(SimpleNamespace(vocab=2000))
+    with caplog.at_level(logging.INFO, logger="mistral_kernels"):
+        tokenizer.check_fits(SimpleNamespace(vocab=2048))
+        assert not caplog.records
+        tokenizer.check_fits(SimpleNamespace(vocab=2056))
+    assert "2048 tokens, the model's vocab is 2056" in caplog.text
