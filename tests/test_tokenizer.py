@@ -1,7 +1,7 @@
 """Tokenizers: which file of a folder is read, round trips, and text that arrives token by token.
 
-The tokenizers are those that the mistral-common wheel ships, and the embedded model's own. The oracle
-of decoding is mistral-common's own decode of all tokens at once.
+The tokenizers are those that the mistral-common wheel ships, and the embedded model's own. The
+oracle of decoding is mistral-common's own decode of all tokens at once.
 """
 
 import logging
@@ -17,30 +17,15 @@ import mistral_kernels
 from mistral_kernels.model.tokenizer import TextStream, Tokenizer, find_tokenizer
 
 SHIPPED = Path(mistral_common.__file__).parent / "data"
+INSTRUCT = "mistral_instruct_tokenizer"
 TINY = Path(mistral_kernels.__file__).parent / "tiny_mixtral" / "tokenizer.model.v1"
 # name in a checkpoint folder -> (file, version, vocab)
 FILES = {
     "tokenizer.model.v1": (SHIPPED / "tokenizer.model.v1", "v1", 32000),
-    "tokenizer.model.v2": (
-        SHIPPED / "mistral_instruct_tokenizer_240216.model.v2",
-        "v2",
-        32768,
-    ),
-    "tokenizer.model.v3": (
-        SHIPPED / "mistral_instruct_tokenizer_240323.model.v3",
-        "v3",
-        32768,
-    ),
-    "tokenizer.model.v7": (
-        SHIPPED / "mistral_instruct_tokenizer_241114.model.v7",
-        "v7",
-        32768,
-    ),
-    "tokenizer.model.v7m1": (
-        SHIPPED / "mistral_instruct_tokenizer_241114.model.v7m1",
-        "v7",
-        32768,
-    ),
+    "tokenizer.model.v2": (SHIPPED / f"{INSTRUCT}_240216.model.v2", "v2", 32768),
+    "tokenizer.model.v3": (SHIPPED / f"{INSTRUCT}_240323.model.v3", "v3", 32768),
+    "tokenizer.model.v7": (SHIPPED / f"{INSTRUCT}_241114.model.v7", "v7", 32768),
+    "tokenizer.model.v7m1": (SHIPPED / f"{INSTRUCT}_241114.model.v7m1", "v7", 32768),
     "tekken.json": (SHIPPED / "tekken_240718.json", "v3", 131072),
     "tokenizer.model": (TINY, "v1", 2048),
 }

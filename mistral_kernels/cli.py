@@ -1,0 +1,298 @@
+"""The command line: `mistral-kernels generate`, `info` and `verify`.
+
+stdout carries the result alone (text, JSON or a table); rates, progress bars and errors go to stderr.
+Exit status: 0; 1 where `verify` finds a miss; 2 for bad input, told in one line; 130 after Ctrl-C.
+Everything heavy is imported inside the commands, so that --help and --version answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from mistral_kernels import Transformer
+    from mistral_kernels.model.tokenizer import Tokenizer
+
+TINY_MIXTRAL = Path(__file__).parent / "tiny_mixtral"
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+class Dtype(StrEnum):
+    """Dtypes that a model can run in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Layout(StrEnum):
+    """Checkpoint layouts."""
+
+    native = "native"
+    huggingface = "huggingface"
+
+
+FolderArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="[FOLDER]", help="Checkpoint folder [default: a tiny built-in model]."),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N [default: cuda if present].")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    # The name that typer gives this exception is private in some of its releases.
+    usage_error = typer.BadParameter.__base__
+    try:
+        status = app(arguments, prog_name="mistral-kernels", standalone_mode=False)
+    except usage_error as error:
+        _fail(error.format_message())
+    except (ValueError, TypeError, OSError) as error:
+        _fail(str(error))
+    sys.exit(status)
+
+
+def _fail(message: str) -> None:
+    print("mistral-kernels:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from mistral_kernels import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback(help="Run, inspect and check Mistral and Mixtral models.")
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version.")
+    ] = False,
+) -> None: ...
+
+
+class Sampling(NamedTuple):
+    """The options that `mistral_kernels.stream` takes under the same names."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int | None
+    seed: int | None
+    chunk_size: int | None
+
+
+@app.command()
+def generate(
+    folder: FolderArgument = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="File to read it from [default: stdin].")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Stop after this many new tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from this much probability.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(help="Read the prompt in pieces of this many tokens.")
+    ] = None,
+    lora: Annotated[Path | None, typer.Option(help="Adapter to merge into the weights.")] = None,
+    lora_scaling: Annotated[float, typer.Option(help="Factor of the adapter.")] = 2.0,
+    dtype: Annotated[Dtype | None, typer.Option(help="[default: the checkpoint's].")] = None,
+    device: DeviceOption = None,
+    backend: Annotated[
+        str, typer.Option(help="Preferred kernels: reference, cpu, triton or cuda.")
+    ] = "auto",
+    layout: Annotated[Layout | None, typer.Option(help="Where a folder holds both.")] = None,
+    stream: Annotated[
+        bool | None, typer.Option(help="Show text as it comes [default: yes, but not with --json].")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a text; the rates of prompt and decode go to stderr."""
+    if as_json and stream:
+        raise ValueError("--stream and --json exclude each other")
+    text = _read_prompt(prompt, prompt_file)
+
+    from mistral_kernels import Transformer
+    from mistral_kernels.model.tokenizer import Tokenizer
+
+    folder = folder or TINY_MIXTRAL
+    tokenizer = Tokenizer.from_folder(folder)
+    model = Transformer.from_folder(
+        folder, device=_device(device), dtype=_dtype(dtype), backend=backend, layout=layout
+    )
+    tokenizer.check_fits(model.config)
+    if lora is not None:
+        model.load_lora(lora, scaling=lora_scaling)
+    sampling = Sampling(max_tokens, temperature, top_p, top_k, seed, chunk_size)
+    result = _continue_text(model, tokenizer, text, sampling, show=not (as_json or stream is False))
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    elif stream is False:
+        print(result["text"])
+    _print_rates(result)
+
+
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    """The prompt given, or the file's or stdin's text without the newline that ends its last line."""
+    if prompt is not None and prompt_file is not None:
+        raise ValueError("--prompt and --prompt-file exclude each other")
+    if prompt is None:
+        name = str(prompt_file or "stdin")
+        data = prompt_file.read_bytes() if prompt_file else sys.stdin.buffer.read()
+        try:
+            prompt = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}: the prompt is not UTF-8: {error}") from error
+    if not prompt:
+        raise ValueError("the prompt is empty: give --prompt, --prompt-file or text on stdin")
+    return prompt
+
+
+def _device(name: str | None) -> torch.device | None:
+    import torch
+
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _dtype(name: Dtype | None) -> torch.dtype | None:
+    import torch
+
+    return name and getattr(torch, name)
+
+
+def _continue_text(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, sampling: Sampling, *, show: bool
+) -> dict[str, Any]:
+    """Generate, write the text to stdout as it comes if `show`, and return what --json writes."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    import mistral_kernels
+    from mistral_kernels.model.tokenizer import TextStream
+
+    ids = tokenizer.encode(prompt)
+    stream = TextStream(tokenizer, continued=True)
+    pieces, tokens, logprobs, times = [], [], [], [time.perf_counter()]
+    hidden = show or not sys.stderr.isatty()
+    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as progress:
+        task = progress.add_task("tokens", total=sampling.max_tokens)
+        for _, token, logprob in mistral_kernels.stream(
+            [ids], model, eos_id=tokenizer.eos_id, **sampling._asdict()
+        ):
+            times.append(time.perf_counter())
+            tokens.append(token)
+            logprobs.append(logprob)
+            pieces.append(stream.push(token))
+            progress.advance(task)
+            if show:
+                print(pieces[-1], end="", flush=True)
+        times.append(time.perf_counter())
+    pieces.append(stream.finish())
+    if show:
+        print(pieces[-1])
+    return {
+        "prompt": prompt,
+        "text": "".join(pieces),
+        "tokens": tokens,
+        "logprobs": logprobs,
+        "finish_reason": "length" if len(tokens) == sampling.max_tokens else "stop",
+        "timings": _timings(len(ids), len(tokens), times),
+    }
+
+
+def _timings(prompt_tokens: int, new_tokens: int, times: list[float]) -> dict[str, Any]:
+    """Times of the prompt, which yields the first token, and of the tokens after it.
+
+    `times` holds the start, the arrival of each new token, and the end.
+    """
+    prompt_s = times[1] - times[0]
+    decode_s = times[new_tokens] - times[1]
+    decoded = max(new_tokens - 1, 0)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "prompt_ms": prompt_s * 1e3,
+        "prompt_tokens_per_s": prompt_tokens / prompt_s,
+        "decode_tokens": decoded,
+        "decode_ms": decode_s * 1e3 if decoded else 0.0,
+        "decode_tokens_per_s": decoded / decode_s if decoded else None,
+    }
+
+
+def _print_rates(result: dict[str, Any]) -> None:
+    parts = []
+    for phase in ("prompt", "decode"):
+        tokens, ms, rate = (
+            result["timings"][f"{phase}_{unit}"] for unit in ("tokens", "ms", "tokens_per_s")
+        )
+        parts.append(
+            f"{phase}: {tokens} tokens in {ms:.1f} ms" + (rate and f" ({rate:.1f}/s)" or "")
+        )
+    print("; ".join(parts), file=sys.stderr)
+
+
+@app.command()
+def info(as_json: JsonOption = False) -> None:
+    """Tell versions, what was built, GPUs, and which backend serves each op."""
+    from mistral_kernels.info import collect
+
+    facts = collect()
+    if as_json:
+        print(json.dumps(facts))
+        return
+    machine = {f"{name} version": value for name, value in facts["versions"].items()}
+    machine |= {f"built with {name}": value for name, value in (facts["built"] or {}).items()}
+    machine |= {f"CUDA {name}": value for name, value in facts["cuda"].items()}
+    for index, gpu in enumerate(facts["gpus"]):
+        memory_gib = gpu["memory_bytes"] / 2**30
+        machine[f"GPU {index}"] = f"{gpu['name']}, {gpu['arch']}, {memory_gib:.0f} GiB"
+    _print_table(["machine", ""], machine.items())
+    _print_table(
+        ["backend", ""], ((name, why or "available") for name, why in facts["backends"].items())
+    )
+    devices = list(facts["ops"].values())[0]
+    _print_table(
+        ["op", *(f"on {device}" for device in devices)],
+        ([op, *served.values()] for op, served in facts["ops"].items()),
+    )
+
+
+def _print_table(columns: list[str], rows, **table_options: Any) -> None:
+    """Print cells as text, with "-" for None, as wide as the terminal or, in a pipe, as needed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, **table_options)
+    for row in rows:
+        table.add_row(*("-" if cell is None else str(cell) for cell in row))
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, console.measure(table).maximum)
+    console.print(table)
