@@ -1,0 +1,196 @@
+"""One new token a sequence: rotate it, write it into the ring, attend over its window, in one call.
+
+    q, k   = rope(q, k, position)              unless cos is None: already rotated
+    ring[position % capacity] = k, v           unless k is None: already written
+    out    = softmax(q . keys * scale) values  over position - window < j <= position, j >= start
+
+The slot that the write overwrites held position - capacity, which is outside the window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.ops.checks import Arguments, compute_dtype
+from mistral_kernels.ops.dispatch import define
+from mistral_kernels.ops.masked_attention import masked_attention
+from mistral_kernels.ops.ring import check_cache, check_pages, read_ring, ring_slots, write_ring
+from mistral_kernels.ops.rope import check_rope_positions, check_rope_tables, rope_reference
+
+
+def _key_range(position: int, start: int, capacity: int, window: int | None) -> tuple[int, int]:
+    """Positions first..position that the newest token sees; empty when first > position."""
+    width = capacity if window is None else min(window, capacity)
+    return max(start, 0, position - width + 1), position
+
+
+def decode_attention_reference(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    window: int | None,
+    starts: Tensor | None,
+    q_scale: Tensor | None,
+    scale: float,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    workspace: Tensor | None,  # for split partials, of which the reference has none
+    batch_invariant: bool,  # holds always: each sequence is worked alone
+) -> tuple[Tensor, Tensor]:
+    if cos is not None:
+        new_k = q[:, :0] if k is None else k
+        q, rotated = rope_reference(q, new_k, cos, sin, positions, interleaved, q_scale)
+        k = None if k is None else rotated
+    live = (positions >= 0).nonzero().squeeze(-1)
+    if k is not None:
+        where = (block_table, live, positions[live].long())
+        write_ring(k[live], k_cache, *where, k_scale)
+        write_ring(v[live], v_cache, *where, v_scale)
+    out = q.new_zeros(q.shape)
+    lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+    capacity = block_table.shape[1] * k_cache.shape[1]
+    dtype = compute_dtype(q.dtype)
+    for b in live.tolist():
+        start = 0 if starts is None else int(starts[b])
+        first, last = _key_range(int(positions[b]), start, capacity, window)
+        if first > last:
+            continue
+        keys = read_ring(k_cache, block_table[b], first, last, k_scale, dtype)
+        values = read_ring(v_cache, block_table[b], first, last, v_scale, dtype)
+        visible = keys.new_ones(1, len(keys), dtype=torch.bool)
+        out[b : b + 1], lse[b : b + 1] = masked_attention(
+            q[b : b + 1], keys, values, visible, scale
+        )
+    return out, lse
+
+
+def _fake(q: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def _facts(q, k, v, k_cache, *_):
+    return (
+        ("head_dim", q.shape[2]),
+        ("group", q.shape[1] // k_cache.shape[2]),
+        ("page_size", k_cache.shape[1]),
+    )
+
+
+def _check_values(
+    q, k, v, k_cache, v_cache, block_table, positions, cos, sin, interleaved, window, starts, *_
+):
+    if cos is not None:
+        check_rope_positions("decode_attention", positions, cos)
+    capacity = block_table.shape[1] * k_cache.shape[1]
+    for b, position in enumerate(positions.tolist()):
+        if position < 0:
+            continue
+        start = 0 if starts is None else int(starts[b])
+        first, last = _key_range(position, start, capacity, window)
+        # The slot of the new token is written even when `starts` hides it.
+        slots = ring_slots(torch.arange(min(first, last), last + 1), capacity)
+        check_pages("decode_attention", block_table, torch.full_like(slots, b), slots, k_cache)
+
+
+_decode_attention = define(
+    "decode_attention",
+    "Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table,"
+    " Tensor positions, Tensor? cos, Tensor? sin, bool interleaved, int? window, Tensor? starts,"
+    " Tensor? q_scale, float scale, Tensor? k_scale, Tensor? v_scale, Tensor(c!)? workspace,"
+    " bool batch_invariant",
+    "(Tensor, Tensor)",
+    fake=_fake,
+    cells={"reference": decode_attention_reference},
+    facts=_facts,
+    check_values=_check_values,
+)
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    interleaved: bool = True,
+    window: int | None = None,
+    starts: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    scale: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    workspace: Tensor | None = None,
+    batch_invariant: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """RoPE, ring write and windowed grouped-query attention of one token a sequence.
+
+    Args:
+        q: (batch, q_heads, head_dim), float32, bfloat16 or float16 (float64 on the reference).
+        k, v: (batch, kv_heads, head_dim), q's dtype; None: already in the cache.
+        k_cache, v_cache: (pages, page_size, kv_heads, head_dim), any memory order, written in
+            place; q's dtype, or int8 or float8_e4m3fn with scales (the new key is attended as
+            stored).
+        block_table: (batch, pages_per_seq), int32.
+        positions: (batch,), int32, of the new token; a row with a negative one is idle: its out is
+            0, its lse -inf, and nothing is written.
+        cos, sin: (max_positions, head_dim / 2), float32; None: q and k are rotated already.
+        interleaved: layout of the rotated pairs, see `rope`.
+        window: keys the token sees, itself included; None for all that the ring holds.
+        starts: (batch,), int32, first visible position of each sequence; None for 0.
+        q_scale: (max_positions,), float32, see `rope`; needs cos and sin.
+        scale: factor of q . k; None for head_dim ** -0.5.
+        k_scale, v_scale: (1,) or (kv_heads,), float32, of a quantised cache.
+        workspace: uint8, zeroed once, kept between calls of one stream; None: the op makes its own.
+        batch_invariant: a sequence's bits do not depend on its neighbours in the batch.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        out: (batch, q_heads, head_dim), q's dtype.
+        lse: (batch, q_heads), float32, natural log.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the text names it.
+        RuntimeError: an input requires grad.
+
+    Source: Jiang et al. 2023, arXiv 2310.06825 (rolling buffer cache); Su et al. 2021 (RoPE).
+    """
+    op = "decode_attention"
+    check = Arguments(op)
+    check.tensor("q", q, ("batch", "q_heads", "head_dim"))
+    if check.together(k=k, v=v):
+        check.tensor("k", k, ("batch", "kv_heads", "head_dim"), (q.dtype,))
+        check.tensor("v", v, ("batch", "kv_heads", "head_dim"), (q.dtype,))
+    check_cache(check, k_cache, v_cache, block_table, k_scale, v_scale, q.dtype)
+    check.group()
+    check.tensor("positions", positions, ("batch",), (torch.int32,))
+    if check.together(cos=cos, sin=sin):
+        check_rope_tables(check, cos, sin, q_scale, q)
+    elif q_scale is not None:
+        raise ValueError(f"{op}: q_scale must be None without cos and sin, got a tensor")
+    check.flag("interleaved", interleaved)
+    check.window(window)
+    if starts is not None:
+        check.tensor("starts", starts, ("batch",), (torch.int32,))
+    scale = check.scale(scale, q.shape[-1])
+    if workspace is not None:
+        check.tensor("workspace", workspace, ("bytes",), (torch.uint8,))
+    check.flag("batch_invariant", batch_invariant)
+    check.backend(backend)
+    return _decode_attention(
+        q, k, v, k_cache, v_cache, block_table, positions, cos, sin, interleaved, window, starts,
+        q_scale, scale, k_scale, v_scale, workspace, batch_invariant, backend,
+    )  # fmt: skip

@@ -1,0 +1,285 @@
+"""Registers the ops with torch and chooses who serves a call: the whole policy in one place.
+
+An op is one row: a schema, a fake, a `reference` cell, and whatever `cpu`, `triton` and `cuda`
+cells exist. `define` registers the row as `torch.ops.mistral_kernels.<name>`; `choose` is the pure
+function that picks the cell. Nothing falls back silently: a backend asked for by name that cannot
+serve is an error, and `auto` takes the first of `AUTO_ORDER` that can.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Facts = tuple[tuple[str, int], ...]
+
+
+class Cell(NamedTuple):
+    """One implementation of one op, and what it can serve.
+
+    `run` takes the op's arguments without `backend`. `refuses(facts)` returns why small numbers
+    such as head_dim or page_size are out of its reach, or None.
+    """
+
+    run: Callable
+    dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
+    min_capability: tuple[int, int] = (8, 0)
+    refuses: Callable[[dict[str, int]], str | None] = lambda facts: None
+
+
+OPS: dict[str, dict[str, Cell]] = {}
+_library = torch.library.Library("mistral_kernels", "DEF")
+
+
+@functools.cache
+def native_extension():
+    """The compiled core `mistral_kernels._C`, or the ImportError that says why there is none."""
+    try:
+        from mistral_kernels import _C
+    except ImportError as error:
+        return error
+    return _C
+
+
+@functools.cache
+def unavailable(backend: str) -> str | None:
+    """Why `backend` cannot run in this process, or None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "no CUDA device, and TRITON_INTERPRET is not 1"
+    core = native_extension()
+    if isinstance(core, ImportError):
+        return f"the compiled core did not load ({core})"
+    if backend == "cpu":
+        return None
+    if core.build_info()["cuda"] is None:
+        return "this build has no CUDA code (no nvcc was found when it was installed)"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    driver, runtime = core.cuda_versions()
+    if driver < runtime:
+        return f"the CUDA driver ({driver}) is older than the runtime this build uses ({runtime})"
+    return None
+
+
+def backends(op: str) -> tuple[str, ...]:
+    """The backends that have a cell for `op`, whether or not they can run in this process."""
+    return tuple(name for name in BACKENDS if name in OPS[op])
+
+
+def _refusal(
+    op: str,
+    backend: str,
+    device_type: str,
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    facts: Facts,
+) -> str | None:
+    """Why `backend` cannot serve this call of `op`, or None if it can."""
+    if backend not in OPS[op]:
+        return f"{op} has no {backend} implementation, only {', '.join(backends(op))}"
+    if reason := unavailable(backend):
+        return reason
+    cell = OPS[op][backend]
+    if backend == "cpu" and device_type != "cpu":
+        return f"it serves CPU tensors, got {device_type}"
+    if backend == "cuda" and device_type != "cuda":
+        return f"it serves CUDA tensors, got {device_type}"
+    if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it serves CUDA tensors (CPU tensors only under TRITON_INTERPRET=1)"
+    if backend != "reference":
+        if dtype not in cell.dtypes:
+            return f"it serves {', '.join(map(str, cell.dtypes))}, got {dtype}"
+        if capability is not None and capability < cell.min_capability:
+            return f"it needs compute capability {cell.min_capability}, got {capability}"
+    return cell.refuses(dict(facts))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(
+    op: str,
+    *,
+    device_type: str,
+    capability: tuple[int, int] | None = None,
+    dtype: torch.dtype,
+    facts: Facts = (),
+    backend: str = "auto",
+) -> str:
+    """The backend that serves a call of `op`.
+
+    Args:
+        op: name of a registered op.
+        device_type: "cpu" or "cuda", where the tensors are.
+        capability: compute capability of the GPU, None on the CPU.
+        dtype: dtype of the op's first tensor.
+        facts: small numbers that decide, such as (("head_dim", 128), ("page_size", 16)).
+        backend: one of BACKENDS, or "auto".
+
+    Raises:
+        ValueError: no such op or backend, or the named one cannot serve; says why and what to do.
+    """
+    if op not in OPS:
+        raise ValueError(f"choose: op must be one of {', '.join(OPS)}, got {op!r}")
+    if backend == "auto":
+        for name in AUTO_ORDER.get(device_type, ("reference",)):
+            if _refusal(op, name, device_type, capability, dtype, facts) is None:
+                return name
+        return "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
+    if reason := _refusal(op, backend, device_type, capability, dtype, facts):
+        raise ValueError(
+            f"{op}: backend {backend!r} cannot serve this call: {reason}. Use backend='auto'."
+        )
+    return backend
+
+
+def prefer(op: str, *, backend: str, **call) -> str:
+    """As `choose`, but a named backend is a preference: where it cannot serve, `auto` decides."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
+    call = {"capability": None, "facts": ()} | call
+    refused = backend != "auto" and _refusal(op, backend, **call) is not None
+    return choose(op, backend="auto" if refused else backend, **call)
+
+
+@functools.cache
+def device_capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device, None for any other."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def _call_facts(tensor: Tensor) -> dict:
+    device = tensor.device
+    return {
+        "device_type": device.type,
+        "capability": device_capability(device),
+        "dtype": tensor.dtype,
+    }
+
+
+def define(
+    name: str,
+    arguments: str,
+    returns: str,
+    *,
+    fake: Callable,
+    cells: dict[str, Cell | Callable],
+    facts: Callable[..., Facts] = lambda *inputs: (),
+    check_values: Callable[..., None] | None = None,
+    differentiable: Sequence[str] = (),
+    backward: Callable | None = None,
+) -> Callable:
+    """Registers one op and returns its overload, ready to call with all arguments and `backend`.
+
+    Args:
+        name: the op's name; it becomes `torch.ops.mistral_kernels.<name>`.
+        arguments, returns: halves of the schema, without `backend`; the first argument is a tensor
+            whose device and dtype choose the backend. No defaults: the public function holds them.
+        fake: takes the arguments, returns empty outputs of the right shape and dtype.
+        cells: backend -> implementation.
+        facts: takes the arguments, returns what `Cell.refuses` wants to know.
+        check_values: takes the arguments; checks the contents of small tensors. It runs on CPU
+            tensors only, because on a GPU it would wait for the device.
+        differentiable: names of the arguments that get a gradient. Empty: the op refuses autograd.
+        backward: `(grads, *arguments) -> gradients` in the order of `differentiable`, where `grads`
+            belong to the floating-point outputs. It becomes the op `<name>_backward`.
+    """
+    _library.define(f"{name}({arguments}, str backend) -> {returns}")
+    OPS[name] = {key: cell if isinstance(cell, Cell) else Cell(cell) for key, cell in cells.items()}
+    op = getattr(torch.ops.mistral_kernels, name).default
+
+    def run(*inputs_and_backend):
+        *inputs, backend = inputs_and_backend
+        call = _call_facts(inputs[0])
+        if check_values is not None and call["device_type"] == "cpu":
+            check_values(*inputs)
+        chosen = choose(name, facts=facts(*inputs), backend=backend, **call)
+        return OPS[name][chosen].run(*inputs)
+
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(op, lambda *inputs: fake(*inputs[:-1]), lib=_library)
+    if backward is None:
+        _library.impl(name, functools.partial(_refuse_autograd, op), "Autograd", with_keyset=True)
+    else:
+        _define_backward(name, arguments, differentiable, backward)
+    return op
+
+
+def _refuse_autograd(op, keyset, *inputs):
+    """Kernels write through raw pointers, unseen by autograd: refuse rather than be wrong."""
+    if torch.is_grad_enabled():
+        for argument, value in zip(op._schema.arguments, inputs, strict=True):
+            # _backward ops take lists of tensors.
+            tensors = value if isinstance(value, (list, tuple)) else (value,)
+            if any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors):
+                raise RuntimeError(
+                    f"{op._schema.name.split('::')[1]}: {argument.name} requires grad, but this op"
+                    " has no backward; call it under torch.no_grad() or pass detached tensors"
+                )
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+
+def _define_backward(
+    name: str, arguments: str, differentiable: Sequence[str], backward: Callable
+) -> None:
+    """Registers `<name>_backward`, an op of its own so that it stays opaque to torch.compile."""
+    names = [argument.split()[-1] for argument in arguments.split(",")]
+    wanted = [names.index(argument) for argument in differentiable]
+    backward_name = f"{name}_backward"
+    _library.define(f"{backward_name}(Tensor[] grads, {arguments}, str backend) -> Tensor[]")
+    OPS[backward_name] = {"reference": Cell(backward)}
+    backward_op = getattr(torch.ops.mistral_kernels, backward_name).default
+
+    def run(grads, *inputs_and_backend):
+        *inputs, backend = inputs_and_backend
+        # The forward's backend is a preference here: a cell may lack its backward.
+        chosen = prefer(backward_name, backend=backend, **_call_facts(inputs[0]))
+        gradients = OPS[backward_name][chosen].run(grads, *inputs)
+        return [g.to(inputs[i].dtype) for g, i in zip(gradients, wanted, strict=True)]
+
+    def fake(grads, *inputs):
+        return [inputs[i].new_empty(inputs[i].shape) for i in wanted]
+
+    for key in ("CPU", "CUDA"):
+        _library.impl(backward_name, run, key)
+    torch.library.register_fake(backward_op, fake, lib=_library)
+    refuse = functools.partial(_refuse_autograd, backward_op)
+    _library.impl(backward_name, refuse, "Autograd", with_keyset=True)
+
+    def setup_context(ctx, inputs, output):
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx.floating = [tensor.is_floating_point() for tensor in outputs]
+        ctx.tensors = [isinstance(value, Tensor) for value in inputs]
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        ctx.others = [value for value in inputs if not isinstance(value, Tensor)]
+
+    def differentiate(ctx, *grads):
+        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+        inputs = [next(tensors if is_tensor else others) for is_tensor in ctx.tensors]
+        grads = [grad for grad, floating in zip(grads, ctx.floating, strict=True) if floating]
+        result: list[Tensor | None] = [None] * len(inputs)
+        for i, gradient in zip(wanted, backward_op(grads, *inputs), strict=True):
+            result[i] = gradient
+        return tuple(result)
+
+    torch.library.register_autograd(
+        f"mistral_kernels::{name}", differentiate, setup_context=setup_context, lib=_library
+    )

@@ -1,0 +1,142 @@
+"""The mixture of experts: each token's k chosen feed-forward networks, weighted and summed.
+
+    out = sum_slot weights[slot] * w2[e] (silu(w1[e] x) * w3[e] x),   e = expert_ids[slot]
+
+w13 holds w1 (gate) rows first, then w3 (up) rows. No token is dropped; a slot whose id is outside
+[0, experts) is skipped: it reads no weights and adds nothing. Three tokens, top-2 of three experts;
+each expert works on the (token, slot) pairs that chose it:
+
+>>> expert_ids = torch.tensor([[0, 2], [2, 1], [0, -1]])
+>>> for expert in range(3):
+...     print(torch.stack(pairs_of(expert_ids, expert), 1).tolist())
+[[0, 0], [2, 0]]
+[[1, 1]]
+[[0, 1], [1, 0]]
+
+Source: Jiang et al. 2024, arXiv 2401.04088; Shazeer 2020 for SwiGLU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.ops.checks import Arguments, compute_dtype
+from mistral_kernels.ops.dispatch import define
+from mistral_kernels.ops.linear import linear_reference
+from mistral_kernels.ops.silu_mul import silu_mul_backward, silu_mul_reference
+
+WORKSPACE_BYTES = 256 << 20  # many tokens are worked in chunks that need no more than this
+
+
+def pairs_of(expert_ids: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+    """Tokens and slots of the pairs that chose `expert`, in token order."""
+    return (expert_ids == expert).nonzero(as_tuple=True)
+
+
+def expert_mlp_reference(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    batch_invariant: bool,
+) -> Tensor:
+    out = x.new_empty(x.shape)
+    bytes_a_token = expert_ids.shape[1] * (3 * w2.shape[2] + 3 * x.shape[1]) * 4
+    chunk = max(1, WORKSPACE_BYTES // bytes_a_token)
+    for begin in range(0, len(x), chunk):
+        rows = slice(begin, begin + chunk)
+        ids = expert_ids[rows]
+        slots = x.new_zeros(*ids.shape, x.shape[1], dtype=compute_dtype(x.dtype))
+        for expert in range(len(w13)):
+            tokens, slot = pairs_of(ids, expert)
+            if len(tokens):
+                gate_up = linear_reference(x[rows][tokens], w13[expert], batch_invariant)
+                hidden = silu_mul_reference(gate_up)
+                slots[tokens, slot] = linear_reference(hidden, w2[expert], batch_invariant).to(
+                    slots.dtype
+                )
+        used = (ids >= 0) & (ids < len(w13))
+        weighted = slots * torch.where(used, weights[rows], 0).to(slots.dtype)[..., None]
+        total = weighted[:, 0]
+        for slot in range(1, ids.shape[1]):  # fixed order: the same bits every time
+            total = total + weighted[:, slot]
+        out[rows] = total.to(x.dtype)
+    return out
+
+
+def expert_mlp_backward(grads: list[Tensor], x, w13, w2, weights, expert_ids, batch_invariant):
+    dtype = compute_dtype(x.dtype)
+    grad, value = grads[0].to(dtype), x.to(dtype)
+    d_x, d_w13, d_w2 = (torch.zeros_like(t, dtype=dtype) for t in (x, w13, w2))
+    d_weights = torch.zeros_like(weights, dtype=dtype)
+    for expert in range(len(w13)):
+        tokens, slot = pairs_of(expert_ids, expert)
+        up_weight, down_weight = w13[expert].to(dtype), w2[expert].to(dtype)
+        gate_up = value[tokens] @ up_weight.mT
+        hidden = silu_mul_reference(gate_up)
+        d_weights[tokens, slot] = (grad[tokens] * (hidden @ down_weight.mT)).sum(-1)
+        d_slot = grad[tokens] * weights[tokens, slot].to(dtype)[:, None]
+        d_w2[expert] = d_slot.mT @ hidden
+        (d_gate_up,) = silu_mul_backward([d_slot @ down_weight], gate_up)
+        d_w13[expert] = d_gate_up.mT @ value[tokens]
+        d_x.index_add_(0, tokens, d_gate_up @ up_weight)
+    return d_x, d_w13, d_w2, d_weights
+
+
+_expert_mlp = define(
+    "expert_mlp",
+    "Tensor x, Tensor w13, Tensor w2, Tensor weights, Tensor expert_ids, bool batch_invariant",
+    "Tensor",
+    fake=lambda x, *_: x.new_empty(x.shape),
+    cells={"reference": expert_mlp_reference},
+    facts=lambda x, w13, w2, weights, *_: (
+        ("experts", len(w13)),
+        ("hidden", w2.shape[1]),
+        ("ffn_dim", w2.shape[2]),
+        ("top_k", weights.shape[1]),
+    ),
+    differentiable=("x", "w13", "w2", "weights"),
+    backward=expert_mlp_backward,
+)
+
+
+def expert_mlp(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    *,
+    batch_invariant: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Dispatches tokens to their experts, runs the SwiGLU networks, combines the slots.
+
+    Args:
+        x: (tokens, hidden), float32, bfloat16 or float16 (float64 on the reference).
+        w13: (experts, 2 * ffn_dim, hidden), gate rows first, x's dtype.
+        w2: (experts, hidden, ffn_dim), x's dtype.
+        weights: (tokens, top_k), float32 (or float64 for float64 x), of `route_experts`.
+        expert_ids: (tokens, top_k), int32; an id < 0 or >= experts skips the slot.
+        batch_invariant: a token's bits do not depend on its neighbours.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        (tokens, hidden), x's dtype; slots are added in order in fp32 and rounded once.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the text names it.
+
+    Source: Jiang et al. 2024, arXiv 2401.04088, section 2.1.
+    """
+    check = Arguments("expert_mlp")
+    check.tensor("x", x, ("tokens", "hidden"))
+    check.tensor("w2", w2, ("experts", "hidden", "ffn_dim"), (x.dtype,))
+    check.tensor("w13", w13, ("experts", 2 * w2.shape[2], "hidden"), (x.dtype,))
+    check.tensor("weights", weights, ("tokens", "top_k"), (compute_dtype(x.dtype),))
+    check.tensor("expert_ids", expert_ids, ("tokens", "top_k"), (torch.int32,))
+    check.flag("batch_invariant", batch_invariant)
+    check.backend(backend)
+    return _expert_mlp(x, w13, w2, weights, expert_ids, batch_invariant, backend)

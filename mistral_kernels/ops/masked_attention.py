@@ -1,0 +1,57 @@
+"""softmax(q k^T * scale) v over the keys a window lets a query see: the maths of both attentions.
+
+Key j is visible to query i iff i - window < j <= i. A window of 3 over five tokens (rows: queries):
+
+>>> visible_keys(torch.arange(5), torch.arange(5), window=3, causal=True).int().tolist()
+[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.ops.checks import compute_dtype
+
+
+def visible_keys(
+    q_positions: Tensor, k_positions: Tensor, *, window: int | None, causal: bool
+) -> Tensor:
+    """(queries, keys) bool."""
+    if not causal:
+        return q_positions.new_ones(len(q_positions), len(k_positions), dtype=torch.bool)
+    distance = q_positions[:, None] - k_positions[None, :]
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def attention_probabilities(
+    q: Tensor, k: Tensor, visible: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Weights (kv_heads, group, queries, keys) and natural-log sums (kv_heads, group, queries).
+
+    q is (queries, kv_heads, group, head_dim), k (keys, kv_heads, head_dim), both in compute dtype.
+    A query that sees nothing gets weights 0 and a log sum of -inf.
+    """
+    scores = torch.einsum("qhgd,khd->hgqk", q, k) * scale
+    scores = scores.masked_fill(~visible, -torch.inf)
+    lse = torch.logsumexp(scores, -1)
+    # exp(-inf - -inf) is NaN, so masked weights are chosen, not computed.
+    return torch.where(visible, torch.exp(scores - lse[..., None]), 0.0), lse
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """q (queries, q_heads, head_dim), k and v (keys, kv_heads, head_dim), visible (queries, keys).
+
+    Returns out (queries, q_heads, head_dim) in q's dtype and lse (queries, q_heads) float32.
+    """
+    queries, q_heads, head_dim = q.shape
+    dtype = compute_dtype(q.dtype)
+    grouped = q.to(dtype).view(queries, k.shape[1], -1, head_dim)
+    weights, lse = attention_probabilities(grouped, k.to(dtype), visible, scale)
+    out = torch.einsum("hgqk,khd->qhgd", weights, v.to(dtype))
+    return (
+        out.reshape(q.shape).to(q.dtype),
+        lse.permute(2, 0, 1).reshape(queries, q_heads).float(),
+    )

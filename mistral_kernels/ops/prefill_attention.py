@@ -1,0 +1,254 @@
+"""Attention of many new tokens a sequence, packed and ragged, over the ring and their own keys.
+
+    out_i = sum_j softmax_j(q_i . k_j * scale) v_j     over i - window < j <= i, j >= start
+
+The keys are the ring's, written before this call, and the call's own k and v. Storing a chunk first
+would destroy keys that its early rows still need; so attend, then `store_kv_`. With a lookahead of
+chunk - 1 slots beyond the window, storing first and passing k = v = None is as good.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.ops.checks import Arguments, compute_dtype
+from mistral_kernels.ops.dispatch import define
+from mistral_kernels.ops.masked_attention import (
+    attention_probabilities,
+    masked_attention,
+    visible_keys,
+)
+from mistral_kernels.ops.ring import check_cache, check_pages, check_ragged, read_ring, ring_slots
+
+QUERY_BLOCK = 256  # rows worked at once: bounds the score matrix, so that memory grows linearly
+
+
+def _key_range(sequence, tokens, k, k_cache, block_table, context_lens, starts, window):
+    """(low, context, total): positions low..total-1 are seen; those < context are the ring's."""
+    context = 0 if context_lens is None else int(context_lens[sequence])
+    total = context + tokens
+    low = 0 if window is None else max(0, context - window + 1)
+    if starts is not None:
+        low = max(low, int(starts[sequence]))
+    if k_cache is not None:
+        # What a ring narrower than the window no longer holds is not attended.
+        written = total if k is None else context
+        low = max(low, written - block_table.shape[1] * k_cache.shape[1])
+    return min(low, total), context, total
+
+
+def _gather_keys(new, cache, pages, scale, low, context, total, begin, dtype) -> Tensor:
+    """Rows of positions low..total-1 in position order: from the ring, then from the new tokens."""
+    ring_end = total if new is None else context
+    parts = []
+    if cache is not None and low < ring_end:
+        parts.append(read_ring(cache, pages, low, ring_end - 1, scale, dtype))
+    if new is not None:
+        parts.append(new[begin + max(low - context, 0) : begin + total - context].to(dtype))
+    return torch.cat(parts) if parts else cache.new_empty(0, *cache.shape[2:], dtype=dtype)
+
+
+def prefill_attention_reference(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cu_seqlens: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    block_table: Tensor | None,
+    context_lens: Tensor | None,
+    starts: Tensor | None,
+    window: int | None,
+    causal: bool,
+    scale: float,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    batch_invariant: bool,  # holds always: each sequence is worked alone, in blocks of fixed size
+) -> tuple[Tensor, Tensor]:
+    out, lse = _fake(q)
+    dtype = compute_dtype(q.dtype)
+    for b, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        span = _key_range(b, end - begin, k, k_cache, block_table, context_lens, starts, window)
+        low, context, total = span
+        pages = None if block_table is None else block_table[b]
+        keys = _gather_keys(k, k_cache, pages, k_scale, *span, begin, dtype)
+        values = _gather_keys(v, v_cache, pages, v_scale, *span, begin, dtype)
+        positions = torch.arange(low, total, device=q.device)
+        for row in range(begin, end, QUERY_BLOCK):
+            rows = slice(row, min(row + QUERY_BLOCK, end))
+            first, stop = context + row - begin, context + rows.stop - begin
+            seen_from = low if window is None else max(low, first - window + 1)
+            seen = slice(seen_from - low, max(stop, seen_from) - low if causal else None)
+            queries = torch.arange(first, stop, device=q.device)
+            visible = visible_keys(queries, positions[seen], window=window, causal=causal)
+            out[rows], lse[rows] = masked_attention(
+                q[rows], keys[seen], values[seen], visible, scale
+            )
+    return out, lse
+
+
+def prefill_attention_backward(
+    grads: list[Tensor], q, k, v, cu_seqlens, k_cache, _v_cache, _table, _context, starts,
+    window, causal, scale, *_,
+):  # fmt: skip
+    """Gradients of the cache-less form: p recomputed, then the chain rule through the softmax."""
+    if k_cache is not None:
+        raise RuntimeError(
+            "prefill_attention: it is differentiable only without k_cache; detach q, k and v"
+        )
+    dtype = compute_dtype(q.dtype)
+    d_q, d_k, d_v = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
+    for b, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        low = min(0 if starts is None else max(0, int(starts[b])), end - begin)
+        positions = torch.arange(low, end - begin, device=q.device)
+        for row in range(begin, end, QUERY_BLOCK):
+            rows = slice(row, min(row + QUERY_BLOCK, end))
+            queries = torch.arange(row - begin, rows.stop - begin, device=q.device)
+            visible = visible_keys(queries, positions, window=window, causal=causal)
+            grouped = (len(queries), k.shape[1], -1, q.shape[2])
+            block_q = q[rows].to(dtype).view(grouped)
+            d_out = grads[0][rows].to(dtype).reshape(grouped)
+            d_lse = grads[1][rows].to(dtype).view(*grouped[:3]).permute(1, 2, 0)
+            keys, values = (x[begin + low : end].to(dtype) for x in (k, v))
+            p, _ = attention_probabilities(block_q, keys, visible, scale)
+            d_p = torch.einsum("qhgd,khd->hgqk", d_out, values)
+            mean = (p * d_p).sum(-1, keepdim=True)
+            d_scores = p * (d_p - mean + d_lse[..., None]) * scale
+            d_q[rows] = torch.einsum("hgqk,khd->qhgd", d_scores, keys).reshape(q[rows].shape)
+            d_k[begin + low : end] += torch.einsum("hgqk,qhgd->khd", d_scores, block_q)
+            d_v[begin + low : end] += torch.einsum("hgqk,qhgd->khd", p, d_out)
+    return d_q, d_k, d_v
+
+
+def _fake(q: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def _facts(q, k, v, cu_seqlens, k_cache, *_):
+    kv = k if k is not None else k_cache
+    facts = (("head_dim", q.shape[2]), ("group", q.shape[1] // max(1, kv.shape[-2])))
+    return facts if k_cache is None else (*facts, ("page_size", k_cache.shape[1]))
+
+
+def _check_values(
+    q, k, v, cu_seqlens, k_cache, v_cache, block_table, context_lens, starts, window, *_
+):
+    check_ragged("prefill_attention", cu_seqlens, context_lens, len(q))
+    if k_cache is None:
+        return
+    capacity = block_table.shape[1] * k_cache.shape[1]
+    for b, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        low, context, total = _key_range(
+            b, end - begin, k, k_cache, block_table, context_lens, starts, window
+        )
+        slots = ring_slots(torch.arange(low, max(low, total if k is None else context)), capacity)
+        check_pages("prefill_attention", block_table, torch.full_like(slots, b), slots, k_cache)
+
+
+_prefill_attention = define(
+    "prefill_attention",
+    "Tensor q, Tensor? k, Tensor? v, Tensor cu_seqlens, Tensor? k_cache, Tensor? v_cache,"
+    " Tensor? block_table, Tensor? context_lens, Tensor? starts, int? window, bool causal,"
+    " float scale, Tensor? k_scale, Tensor? v_scale, bool batch_invariant",
+    "(Tensor, Tensor)",
+    fake=_fake,
+    cells={"reference": prefill_attention_reference},
+    facts=_facts,
+    check_values=_check_values,
+    differentiable=("q", "k", "v"),
+    backward=prefill_attention_backward,
+)
+
+
+def prefill_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    block_table: Tensor | None = None,
+    context_lens: Tensor | None = None,
+    starts: Tensor | None = None,
+    window: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    batch_invariant: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Windowed grouped-query attention over packed sequences, with or without a rolling cache.
+
+    Args:
+        q: (tokens, q_heads, head_dim), rotated; float32, bfloat16 or float16 (float64 on the
+            reference).
+        k, v: (tokens, kv_heads, head_dim), q's dtype, k rotated; None: already in the cache.
+        cu_seqlens: (batch + 1,), int32, offsets of the sequences, from 0 to tokens.
+        k_cache, v_cache: (pages, page_size, kv_heads, head_dim), q's dtype, or int8 or
+            float8_e4m3fn with scales; None: no cache. Given together with block_table and
+            context_lens.
+        block_table: (batch, pages_per_seq), int32.
+        context_lens: (batch,), int32, tokens of each sequence in the cache before this call.
+        starts: (batch,), int32, first visible position of each sequence; None for 0.
+        window: keys a query sees, itself included; None for all.
+        causal: False lets every query see every key of its sequence; no cache, no window then.
+        scale: factor of q . k; None for head_dim ** -0.5.
+        k_scale, v_scale: (1,) or (kv_heads,), float32, of a quantised cache.
+        batch_invariant: a sequence's bits do not depend on its neighbours in the batch.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        out: (tokens, q_heads, head_dim), q's dtype; rows that see no key are 0.
+        lse: (tokens, q_heads), float32, natural log; -inf where no key is seen.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the text names it.
+        RuntimeError: a cache is given and an input requires grad.
+
+    Source: Vaswani et al. 2017; window and ring: Jiang et al. 2023, arXiv 2310.06825.
+    """
+    op = "prefill_attention"
+    check = Arguments(op)
+    check.tensor("q", q, ("tokens", "q_heads", "head_dim"))
+    if check.together(k=k, v=v):
+        check.tensor("k", k, ("tokens", "kv_heads", "head_dim"), (q.dtype,))
+        check.tensor("v", v, ("tokens", "kv_heads", "head_dim"), (q.dtype,))
+    cached = check.together(
+        k_cache=k_cache, v_cache=v_cache, block_table=block_table, context_lens=context_lens
+    )
+    if cached:
+        check_cache(check, k_cache, v_cache, block_table, k_scale, v_scale, q.dtype)
+        check.tensor("context_lens", context_lens, ("batch",), (torch.int32,))
+    elif k is None:
+        raise ValueError(f"{op}: k and v must be tensors when there is no k_cache, got None")
+    elif k_scale is not None or v_scale is not None:
+        raise ValueError(f"{op}: k_scale and v_scale must be None without a k_cache, got a tensor")
+    check.group()
+    check.offsets("cu_seqlens", cu_seqlens)
+    if starts is not None:
+        check.tensor("starts", starts, ("batch",), (torch.int32,))
+    check.window(window)
+    check.flag("causal", causal)
+    if not causal and (cached or window is not None):
+        raise ValueError(f"{op}: causal must be True with a cache or a window, got False")
+    scale = check.scale(scale, q.shape[-1])
+    check.flag("batch_invariant", batch_invariant)
+    check.backend(backend)
+    if (
+        cached
+        and torch.is_grad_enabled()
+        and any(x is not None and x.requires_grad for x in (q, k, v))
+    ):
+        raise RuntimeError(
+            f"{op}: an input requires grad, but this op is differentiable only without k_cache;"
+            " call it under torch.no_grad() or pass detached tensors"
+        )
+    return _prefill_attention(
+        q, k, v, cu_seqlens, k_cache, v_cache, block_table, context_lens, starts, window, causal,
+        scale, k_scale, v_scale, batch_invariant, backend,
+    )  # fmt: skip

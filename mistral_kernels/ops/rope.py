@@ -1,0 +1,169 @@
+"""Rotary position embedding: each pair (a, b) of a head turns by the angle position * frequency.
+
+    (a, b) -> (a cos - b sin, b cos + a sin)
+
+Two layouts of the pairs: interleaved (x0,x1)(x2,x3).. as in Mistral's own checkpoints, and
+half-split (x0,x[d/2])(x1,x[d/2+1]).. as in Hugging Face's. `q_scale` multiplies q afterwards.
+
+Source: Su et al. 2021, arXiv 2104.09864; q_scale: Llama 4's attention temperature.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.ops.checks import Arguments, compute_dtype
+from mistral_kernels.ops.dispatch import define
+
+
+def rope_reference(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    interleaved: bool,
+    q_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    idle = (positions < 0)[:, None, None]
+    rows = positions.clamp(min=0)
+    cos, sin = cos[rows][:, None], sin[rows][:, None]
+
+    def rotate(x: Tensor, scale: Tensor | None = None) -> Tensor:
+        value = x.to(compute_dtype(x.dtype))
+        a, b = (value[..., 0::2], value[..., 1::2]) if interleaved else value.chunk(2, -1)
+        turned = a * cos - b * sin, b * cos + a * sin
+        value = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+        value = value if scale is None else value * scale[rows][:, None, None]
+        return torch.where(idle, x, value.to(x.dtype))
+
+    return rotate(q, q_scale), rotate(k)
+
+
+def _rope_in_place(q, k, cos, sin, positions, interleaved, q_scale) -> None:
+    rotated_q, rotated_k = rope_reference(q, k, cos, sin, positions, interleaved, q_scale)
+    q.copy_(rotated_q)
+    k.copy_(rotated_k)
+
+
+def rope_backward(grads: list[Tensor], q, k, cos, sin, positions, interleaved, q_scale):
+    # A rotation's transpose is the rotation by the opposite angle.
+    return rope_reference(grads[0], grads[1], cos, -sin, positions, interleaved, q_scale)
+
+
+def check_rope_positions(op: str, positions: Tensor, table: Tensor) -> None:
+    """Refuses positions that the cos/sin tables do not reach (reads data: CPU tensors only)."""
+    if positions.numel() and int(positions.max()) >= table.shape[0]:
+        raise ValueError(
+            f"{op}: positions must be < {table.shape[0]} (the rows of cos),"
+            f" got {int(positions.max())}"
+        )
+
+
+def _check_values(op: str):
+    return lambda q, k, cos, sin, positions, *_: check_rope_positions(op, positions, cos)
+
+
+_ARGUMENTS = "Tensor cos, Tensor sin, Tensor positions, bool interleaved, Tensor? q_scale"
+
+_rope = define(
+    "rope",
+    f"Tensor q, Tensor k, {_ARGUMENTS}",
+    "(Tensor, Tensor)",
+    fake=lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
+    cells={"reference": rope_reference},
+    check_values=_check_values("rope"),
+    differentiable=("q", "k"),
+    backward=rope_backward,
+)
+
+_rope_ = define(
+    "rope_",
+    f"Tensor(a!) q, Tensor(b!) k, {_ARGUMENTS}",
+    "()",
+    fake=lambda *_: None,
+    cells={"reference": _rope_in_place},
+    check_values=_check_values("rope_"),
+)
+
+
+def check_rope_tables(
+    check: Arguments, cos: Tensor, sin: Tensor, q_scale: Tensor | None, q: Tensor
+) -> None:
+    """Checks the rotary tables that rope and decode_attention share."""
+    table_dtype = (compute_dtype(q.dtype),)
+    check.tensor("cos", cos, ("max_positions", "head_dim / 2"), table_dtype)
+    check.tensor("sin", sin, ("max_positions", "head_dim / 2"), table_dtype)
+    if 2 * cos.shape[1] != q.shape[-1]:
+        raise ValueError(
+            f"{check.op}: cos must have head_dim / 2 = {q.shape[-1] / 2:g} columns,"
+            f" got {cos.shape[1]}"
+        )
+    if q_scale is not None:
+        check.tensor("q_scale", q_scale, ("max_positions",), table_dtype)
+
+
+def _check(op, q, k, cos, sin, positions, interleaved, q_scale, backend) -> None:
+    check = Arguments(op)
+    check.tensor("q", q, ("tokens", "q_heads", "head_dim"))
+    check.tensor("k", k, ("tokens", "kv_heads", "head_dim"), (q.dtype,))
+    check_rope_tables(check, cos, sin, q_scale, q)
+    check.tensor("positions", positions, ("tokens",), (torch.int32,))
+    check.flag("interleaved", interleaved)
+    check.backend(backend)
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    *,
+    interleaved: bool,
+    q_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Rotates q and k out of place (differentiable); see `rope_` for the form without a copy.
+
+    Args:
+        q: (tokens, q_heads, head_dim), float32, bfloat16 or float16 (float64 on the reference).
+        k: (tokens, kv_heads, head_dim), q's dtype.
+        cos, sin: (max_positions, head_dim / 2), float32 (float64 for float64 q).
+        positions: (tokens,), int32, < max_positions; rows with a negative one stay as they are.
+        interleaved: True for pairs (0,1)(2,3).. (Mistral native), False for half-split (Hugging
+            Face).
+        q_scale: (max_positions,), cos's dtype, multiplies q after the rotation; None for 1.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        q, k rotated: same shapes and dtypes, contiguous.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the text names it.
+
+    Source: Su et al. 2021, arXiv 2104.09864.
+    """
+    _check("rope", q, k, cos, sin, positions, interleaved, q_scale, backend)
+    return _rope(q, k, cos, sin, positions, interleaved, q_scale, backend)
+
+
+def rope_(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    *,
+    interleaved: bool,
+    q_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Rotates q and k in place (views of one qkv tensor are fine) and returns them.
+
+    Arguments, shapes and errors as in `rope`; it refuses inputs that require grad.
+    """
+    _check("rope_", q, k, cos, sin, positions, interleaved, q_scale, backend)
+    _rope_(q, k, cos, sin, positions, interleaved, q_scale, backend)
+    return q, k

@@ -1,0 +1,66 @@
+"""SwiGLU's elementwise half: silu(gate) * up, with silu(a) = a / (1 + exp(-a)).
+
+Source: Shazeer 2020, "GLU Variants Improve Transformer".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.ops.checks import Arguments, compute_dtype
+from mistral_kernels.ops.dispatch import define
+
+
+def silu_mul_reference(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.to(compute_dtype(gate_up.dtype)).chunk(2, -1)
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+def silu_mul_backward(grads: list[Tensor], gate_up: Tensor):
+    gate, up = gate_up.to(compute_dtype(gate_up.dtype)).chunk(2, -1)
+    grad = grads[0].to(gate.dtype)
+    sigmoid = torch.sigmoid(gate)
+    d_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return (torch.cat((d_gate, grad * gate * sigmoid), -1),)
+
+
+def _fake(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+_silu_mul = define(
+    "silu_mul",
+    "Tensor gate_up",
+    "Tensor",
+    fake=_fake,
+    cells={"reference": silu_mul_reference},
+    differentiable=("gate_up",),
+    backward=silu_mul_backward,
+)
+
+
+def silu_mul(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
+    """silu(gate) * up, computed in fp32 and rounded once.
+
+    Args:
+        gate_up: (..., 2 * ffn_dim), gate first; float32, bfloat16 or float16 (float64 on the
+            reference).
+        backend: "auto" or a backend's name.
+
+    Returns:
+        (..., ffn_dim), contiguous, gate_up's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the text names it.
+
+    Source: Shazeer 2020, arXiv 2002.05202.
+    """
+    check = Arguments("silu_mul")
+    check.tensor("gate_up", gate_up, ("...", "2 * ffn_dim"))
+    if gate_up.shape[-1] % 2:
+        raise ValueError(
+            f"silu_mul: gate_up must have an even last dimension, got {tuple(gate_up.shape)}"
+        )
+    check.backend(backend)
+    return _silu_mul(gate_up, backend)
