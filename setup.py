@@ -85,15 +85,9 @@ class NinjaBuild(build_ext):
     def write_rules(self, ninja: Writer, target: Path, cxx: list, nvcc: str | None, archs: str):
         # Only torch's OpenMP runtime may be in the process, so libgomp is not linked: its symbols
         # resolve to the one that torch has loaded.
-        flags = [
-            "-O3",
-            "-std=c++17",
-            "-Wall",
-            "-Wextra",
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-fopenmp",
-        ]
+        flags = ["-O3", "-std=c++17", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden", "-fopenmp"]
+        # Nobody reads floating-point exceptions or errno; keeping them would block SIMD code.
+        flags += ["-fno-trapping-math", "-fno-math-errno"]
         includes = ["-Icsrc", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
         defines = [f'-DMISTRAL_KERNELS_CUDA="{archs}"'] if nvcc else []
         link = [*cxx, "-shared"]

@@ -1,5 +1,5 @@
-// bf16 and fp16 to and from float with integer operations only: no instruction set is assumed, and
-// without branches, so that compilers turn loops over them into SIMD code.
+// bf16 and fp16 to and from float with integer operations only: no instruction set is assumed.
+// Selects instead of branches let compilers turn loops over them into SIMD code.
 #pragma once
 
 #include <cstdint>
