@@ -1,0 +1,59 @@
+"""Gradients of a differentiable op: against finite differences, plain torch, and torch.compile.
+
+Each check takes a function of tensors by name that returns one tensor; an op with several outputs is
+wrapped so that all of them count.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tolerance import assert_close, assert_same
+from torch import Tensor
+
+
+def gradients(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """Return the gradient of each input, for a fixed direction of the output."""
+    leaves = {name: value.detach().to(dtype).requires_grad_() for name, value in inputs.items()}
+    out = function(**leaves)
+    direction = torch.arange(out.numel(), device=out.device).cos().to(out.dtype).view_as(out)
+    return torch.autograd.grad(out, list(leaves.values()), direction)
+
+
+def check(
+    ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: dict[str, Tensor]
+) -> None:
+    """Assert float64 gradients right by finite differences, float32 ones as good as autograd's."""
+    doubles = [value.detach().double().requires_grad_() for value in inputs.values()]
+    assert torch.autograd.gradcheck(
+        lambda *values: ours(**dict(zip(inputs, values, strict=True))), doubles
+    )
+    check_float32(ours, plain, inputs)
+    # A second derivative would come out wrong in silence: it has to be refused.
+    out = ours(**dict(zip(inputs, doubles, strict=True)))
+    with pytest.raises(RuntimeError, match="_backward: .* requires grad"):
+        torch.autograd.grad(out.sum(), doubles, create_graph=True)
+
+
+def check_float32(
+    ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: dict[str, Tensor]
+) -> None:
+    """Assert that float32 gradients are about as near to float64 as those of plain autograd."""
+    found = gradients(ours, inputs, torch.float32)
+    peers = gradients(plain, inputs, torch.float32)
+    exact = gradients(plain, inputs, torch.float64)
+    for name, got, peer, right in zip(inputs, found, peers, exact, strict=True):
+        assert_close(got, peer, right, f"gradient of {name}")
+
+
+def check_compiled(function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> None:
+    """Assert that one whole graph of torch.compile gives eager's output and gradients bit for bit."""
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same(compiled(**inputs), function(**inputs), "compiled output")
+    eager = gradients(function, inputs, torch.float32)
+    for name, got, want in zip(
+        inputs, gradients(compiled, inputs, torch.float32), eager, strict=True
+    ):
+        assert_same(got, want, f"compiled gradient of {name}")
