@@ -1,0 +1,1 @@
+"""The model that the ops are assembled into."""

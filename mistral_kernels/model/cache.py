@@ -1,0 +1,142 @@
+"""The rolling paged KV cache of a model: one ring a layer, as long as that layer's window needs.
+
+With window 4096, a 32k-token sequence takes 4096 slots a layer instead of 32768. A layer without a
+window gets a ring of `max_tokens` slots, which never wraps: the model refuses tokens beyond it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.model.config import ModelConfig
+
+PAGE_ALIGNMENT = 16  # a page is a multiple of the kernels' smallest key tile
+
+
+class LayerCache(NamedTuple):
+    """One layer's ring."""
+
+    k: Tensor  # (pages, page_size, kv_heads, head_dim); within a page, heads lie one by one
+    v: Tensor  # the same
+    block_table: Tensor  # (batch, pages_per_seq), int32
+    window: int | None
+
+    @property
+    def capacity(self) -> int:
+        return self.block_table.shape[1] * self.k.shape[1]
+
+
+class KVCache:
+    """Keys and values of `batch` sequences, and how many tokens each holds.
+
+    Args:
+        config: the model's shape; every layer's ring follows its own window.
+        batch: sequences.
+        max_tokens: most tokens a sequence may reach, prompt and generated together.
+        lookahead: slots beyond the window, so that up to `lookahead` tokens can be rolled back, or
+            stored before they are attended.
+        page_size: slots a page, a multiple of 16 for the kernels; None: one page a sequence.
+        device, dtype: where and as what keys and values are stored.
+
+    Raises:
+        ValueError, TypeError: a size is out of range.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        max_tokens: int,
+        *,
+        lookahead: int = 0,
+        page_size: int | None = None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        sizes = {"batch": (batch, 0), "max_tokens": (max_tokens, 1), "lookahead": (lookahead, 0)}
+        sizes |= {} if page_size is None else {"page_size": (page_size, 1)}
+        for name, (value, minimum) in sizes.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"new_cache: {name} must be an int, got {type(value).__name__}")
+            if value < minimum:
+                raise ValueError(f"new_cache: {name} must be >= {minimum}, got {value}")
+        self.batch, self.max_tokens, self.lookahead = batch, max_tokens, lookahead
+        self.lengths = [0] * batch  # tokens of each sequence; the next one gets this position
+        self.starts = [0] * batch  # first visible position of each sequence (left padding)
+        self._written = [0] * batch  # highest length reached: slots up to it were overwritten
+        self.layers = [
+            self._new_layer(config, window, page_size, device, dtype) for window in config.windows
+        ]
+
+    def _new_layer(self, config, window, page_size, device, dtype) -> LayerCache:
+        slots = self.max_tokens
+        if window is not None:
+            slots = min(window + self.lookahead, slots)
+        page = page_size or -(-slots // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+        pages_per_seq = -(-slots // page)
+        pages = self.batch * pages_per_seq
+        # inference_mode(False): a cache made inside it could not be written outside.
+        with torch.inference_mode(False):
+            k, v = (
+                torch.empty(
+                    pages, config.kv_heads, page, config.head_dim, device=device, dtype=dtype
+                ).transpose(1, 2)
+                for _ in range(2)
+            )
+            table = torch.arange(pages, dtype=torch.int32, device=device)
+            return LayerCache(k, v, table.view(self.batch, pages_per_seq), window)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(2 * layer.k.numel() * layer.k.element_size() for layer in self.layers)
+
+    def check_room(self, seqlens: Sequence[int]) -> None:
+        """Refuses tokens that a sequence has no room for, before anything is written."""
+        for b, (length, tokens) in enumerate(zip(self.lengths, seqlens, strict=True)):
+            if length + tokens > self.max_tokens:
+                raise ValueError(
+                    f"forward: sequence {b} would reach {length + tokens} tokens, but the cache"
+                    f" was made for max_tokens={self.max_tokens}"
+                )
+
+    def advance(self, seqlens: Sequence[int]) -> None:
+        """Counts the tokens that a step has stored."""
+        self.lengths = [a + b for a, b in zip(self.lengths, seqlens, strict=True)]
+        self._written = [max(a, b) for a, b in zip(self._written, self.lengths, strict=True)]
+
+    def rollback(self, tokens: int | Sequence[int]) -> None:
+        """Forgets the last `tokens` of every sequence (an int) or of each (a list).
+
+        Raises:
+            ValueError: more than a sequence holds, or so many that a ring has already overwritten
+                keys which the next token must see (see `lookahead`).
+        """
+        counts = [tokens] * self.batch if isinstance(tokens, int) else list(tokens)
+        if len(counts) != self.batch:
+            raise ValueError(f"rollback: tokens must have {self.batch} entries, got {len(counts)}")
+        for b, count in enumerate(counts):
+            length = self.lengths[b] - count
+            if count < 0 or length < 0:
+                raise ValueError(
+                    f"rollback: tokens must be in [0, {self.lengths[b]}] for sequence {b},"
+                    f" got {count}"
+                )
+            for layer in self.layers:
+                # The next token, at position `length`, sees length - window + 1 .. length.
+                oldest = 0 if layer.window is None else max(0, length - layer.window + 1)
+                if self._written[b] - layer.capacity > oldest:
+                    raise ValueError(
+                        f"rollback: {count} tokens of sequence {b} are more than lookahead"
+                        f" {self.lookahead} allows: their keys overwrote keys still needed"
+                    )
+        self.lengths = [a - b for a, b in zip(self.lengths, counts, strict=True)]
+
+    def reset(self, sequence: int | None = None) -> None:
+        """Empties one sequence's place for another sequence, or all of them."""
+        for b in range(self.batch) if sequence is None else (sequence,):
+            self.lengths[b] = self.starts[b] = self._written[b] = 0

@@ -1,0 +1,61 @@
+"""From logits to tokens: greedy, or temperature, then top-k, then top-p, then one uniform draw.
+
+A draw is a function of (seed, step) alone, from the counter-based Philox generator: no state is
+kept, so a sequence's draws depend neither on its neighbours nor on what was drawn before.
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; Holtzman et al. 2019,
+arXiv 1904.09751 (top-p).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def uniform_draw(seed: int, step: int) -> float:
+    """The number in [0, 1) that step `step` of the sequence with `seed` draws."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=step)).random()
+
+
+def sample(
+    logits: Tensor,
+    draws: Sequence[float],
+    *,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+) -> Tensor:
+    """One token a row.
+
+    Args:
+        logits: (rows, vocab), floating point.
+        draws: a number in [0, 1) for each row; unused when temperature is 0.
+        temperature: divides the logits; 0 takes the largest, the lowest id among equals.
+        top_k: keep the k largest; None for all.
+        top_p: then keep the fewest of the largest whose probabilities reach top_p.
+
+    Returns:
+        (rows,) int64.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    # float64, so that a sum over a large vocabulary still resolves the draw.
+    ordered, order = torch.sort(logits.double() / temperature, dim=-1, descending=True, stable=True)
+    probabilities = torch.softmax(ordered[:, :top_k], -1)
+    reached = probabilities.cumsum(-1)
+    # A token stays if those before it do not reach top_p yet; the first always does.
+    kept = reached - probabilities < top_p
+    totals = (probabilities * kept).cumsum(-1)
+    points = torch.tensor(draws, dtype=torch.float64, device=logits.device) * totals[:, -1]
+    chosen = torch.searchsorted(totals, points[:, None], right=True)
+    last_kept = kept.sum(-1, keepdim=True) - 1  # rounding may carry a point past the end
+    return order.gather(-1, chosen.clamp(max=last_kept)).squeeze(-1)
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log softmax(logits)[token], unscaled: (rows, vocab) and (rows,) to (rows,)."""
+    return torch.log_softmax(logits, -1).gather(-1, tokens[:, None].long()).squeeze(-1)

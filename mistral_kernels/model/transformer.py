@@ -1,0 +1,265 @@
+"""The whole model: embedding, blocks, norm, output. Dense or mixture of experts is a field.
+
+Sequences are packed: input_ids of all of them in one row of T tokens, `seqlens` saying how many
+belong to each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mistral_kernels import ops
+from mistral_kernels.model.cache import KVCache
+from mistral_kernels.model.config import Layout, ModelConfig
+from mistral_kernels.model.layers import Block
+from mistral_kernels.model.lora import merge_lora
+from mistral_kernels.model.rope_tables import RopeTables, rope_tables
+from mistral_kernels.model.step import plan_step
+from mistral_kernels.model.weights import Checkpoint
+from mistral_kernels.ops import dispatch
+from mistral_kernels.ops.checks import FLOATS, compute_dtype
+
+
+class Transformer(nn.Module):
+    """A Mistral or Mixtral model.
+
+    Args:
+        config: its shape.
+        device, dtype: of the parameters, which are left uninitialised; None: torch's defaults.
+        max_batch_size: most sequences that `generate` and `stream` run at once.
+        backend: a preference: an op without that backend takes what `auto` chooses. `backends`
+            tells which backend serves each op.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        max_batch_size: int = 1,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int):
+            name = type(max_batch_size).__name__
+            raise TypeError(f"Transformer: max_batch_size must be an int, got {name}")
+        if max_batch_size < 1:
+            raise ValueError(f"Transformer: max_batch_size must be >= 1, got {max_batch_size}")
+        if dtype is not None and dtype not in FLOATS:
+            expected = ", ".join(map(str, FLOATS))
+            raise ValueError(f"Transformer: dtype must be one of {expected}, got {dtype}")
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"Transformer: device must be available, got {device} and no CUDA device"
+            )
+        self.config, self.max_batch_size = config, max_batch_size
+        self.backends: dict[str, str] = {}
+        self._tables: RopeTables | None = None
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        with torch.device("meta"):
+            self.tok_embeddings = nn.Parameter(
+                torch.empty(config.vocab, config.hidden), requires_grad=False
+            )
+            self.layers = nn.ModuleList(
+                Block(config, window, self.backends) for window in config.windows
+            )
+            self.norm = nn.Parameter(torch.empty(config.hidden), requires_grad=False)
+            if not config.tied_embeddings:
+                self.output = nn.Parameter(
+                    torch.empty(config.vocab, config.hidden), requires_grad=False
+                )
+        self.backend = backend
+        self.to(dtype).to_empty(device=device)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        max_batch_size: int = 1,
+        backend: str = "auto",
+        layout: Layout | None = None,
+    ) -> Transformer:
+        """Loads a checkpoint folder; nothing is allocated before all of it has been checked.
+
+        Args:
+            folder: Mistral-native (`params.json`, `consolidated*.safetensors`) or Hugging Face
+                (`config.json`, `*.safetensors`).
+            device: None: cuda if present, else cpu.
+            dtype: None: the checkpoint's.
+            max_batch_size: most sequences that `generate` and `stream` run at once.
+            backend: a preference, see the class.
+            layout: "native" or "huggingface" where a folder holds both; None: native wins.
+
+        Raises:
+            FileNotFoundError: the folder, its configuration or a weight file is missing.
+            ValueError: a file is damaged or unsupported; the text names file and key.
+        """
+        config = ModelConfig.from_folder(folder, layout)
+        checkpoint = Checkpoint(folder, config, layout)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = cls(
+            config,
+            device=device,
+            dtype=checkpoint.dtype if dtype is None else dtype,
+            max_batch_size=max_batch_size,
+            backend=backend,
+        )
+        checkpoint.copy_to(dict(model.named_parameters()))
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        return self.tok_embeddings.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tok_embeddings.dtype
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._tables = None
+        self.set_backend(self.backend)
+        return self
+
+    def set_backend(self, backend: str) -> None:
+        """Prefers `backend` from now on; fills `backends` with what serves each of its ops."""
+        config = self.config
+        facts = (("group", config.q_heads // config.kv_heads), ("head_dim", config.head_dim))
+        feed_forward = ("route_experts", "expert_mlp") if config.experts else ("silu_mul",)
+        attention = ("rope_", "store_kv_", "prefill_attention", "decode_attention")
+        chosen = {
+            op: dispatch.prefer(
+                op,
+                device_type=self.device.type,
+                capability=dispatch.device_capability(self.device),
+                dtype=self.dtype,
+                facts=facts,
+                backend=backend,
+            )
+            for op in ("rms_norm", "add_rms_norm", "linear", *attention, *feed_forward)
+        }
+        self.backend = backend
+        self.backends.update(chosen)  # in place: the blocks share this dict
+
+    def rope_tables(self, max_positions: int) -> RopeTables:
+        """The rotary tables, grown if they are shorter than `max_positions`."""
+        if self._tables is None or len(self._tables.cos) < max_positions:
+            self._tables = rope_tables(
+                self.config, max_positions, self.device, compute_dtype(self.dtype)
+            )
+        return self._tables
+
+    def new_cache(
+        self, batch: int, max_tokens: int, *, lookahead: int = 0, page_size: int | None = None
+    ) -> KVCache:
+        """An empty rolling cache for `batch` sequences of up to `max_tokens` tokens, see KVCache."""
+        cache = KVCache(
+            self.config,
+            batch,
+            max_tokens,
+            lookahead=lookahead,
+            page_size=page_size,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        self.rope_tables(max_tokens)  # grown now, so that no step has to
+        return cache
+
+    def load_lora(self, path: str | Path, scaling: float = 2.0) -> None:
+        """Merges a native `lora.safetensors` (or the folder that holds it) into the weights.
+
+        W += scaling * B A, for every adapted W; checked whole before any weight changes.
+        """
+        merge_lora(dict(self.named_parameters()), self.config, path, scaling)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        seqlens: Sequence[int],
+        cache: KVCache | None = None,
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits of packed sequences.
+
+        Args:
+            input_ids: (T,), int32 or int64, the new tokens of all sequences one after another.
+            seqlens: new tokens of each sequence, some may be 0; they sum to T.
+            cache: from `new_cache`, with one place for each of `seqlens`; it is advanced. None:
+                every sequence starts here. Attention is causal and never crosses sequences.
+            last_only: only the logits of each sequence's last token.
+
+        Returns:
+            (T, vocab), or with last_only (batch, vocab), float32 (float64 for a float64 model). A
+            sequence that feeds no token has zeros there.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, a token id is out of range, or a
+                sequence outgrows the cache; then the cache is as before.
+        """
+        seqlens = self._check_inputs(input_ids, seqlens, cache)
+        batch = len(seqlens)
+        lengths = [0] * batch if cache is None else cache.lengths
+        starts = [0] * batch if cache is None else cache.starts
+        tables = self.rope_tables(max(map(sum, zip(lengths, seqlens, strict=True)), default=0))
+        step = plan_step(seqlens, lengths, starts, cache is not None, self.device)
+
+        x = nn.functional.embedding(input_ids.to(self.device), self.tok_embeddings)  # (T, hidden)
+        if len(x):
+            memories = [None] * len(self.layers) if cache is None else cache.layers
+            for layer, memory in zip(self.layers, memories, strict=True):
+                x = layer(x, step, tables, memory)
+        if cache is not None:
+            cache.advance(seqlens)
+        if last_only:
+            # A sequence that feeds nothing gets a zero row, hence zero logits.
+            fed = torch.cat((x, x.new_zeros(1, x.shape[1])))
+            x = fed[step.last_rows]
+        return self._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        normed = ops.rms_norm(x, self.norm, self.config.norm_eps, backend=self.backends["rms_norm"])
+        weight = self.tok_embeddings if self.config.tied_embeddings else self.output
+        logits = ops.linear(normed, weight, backend=self.backends["linear"])
+        return logits.to(compute_dtype(logits.dtype))
+
+    def _check_inputs(self, input_ids, seqlens, cache) -> list[int]:
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+            got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise TypeError(f"forward: input_ids must be an int32 or int64 tensor, got {got}")
+        if input_ids.dim() != 1:
+            raise ValueError(
+                f"forward: input_ids must have shape (tokens,), got {tuple(input_ids.shape)}"
+            )
+        seqlens = [int(n) for n in seqlens]
+        if any(n < 0 for n in seqlens) or sum(seqlens) != len(input_ids):
+            raise ValueError(
+                f"forward: seqlens must be >= 0 and sum to the {len(input_ids)} input_ids,"
+                f" got {seqlens}"
+            )
+        # On a GPU this would wait for the device; `generate` checks prompts while they are lists.
+        if input_ids.device.type == "cpu" and len(input_ids):
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= self.config.vocab:
+                raise ValueError(
+                    f"forward: input_ids must be in [0, {self.config.vocab}),"
+                    f" got {low if low < 0 else high}"
+                )
+        if cache is not None:
+            if len(seqlens) != cache.batch:
+                raise ValueError(
+                    f"forward: seqlens must have the cache's {cache.batch} entries,"
+                    f" got {len(seqlens)}"
+                )
+            cache.check_room(seqlens)
+        return seqlens
