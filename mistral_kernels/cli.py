@@ -1,6 +1,6 @@
 """The command line: `mistral-kernels generate`, `info` and `verify`.
 
-stdout carries the result alone (text, JSON or a table); rates, progress bars and errors go to stderr.
+stdout carries only the result (text, JSON or a table); rates, progress and errors go to stderr.
 Exit status: 0; 1 where `verify` finds a miss; 2 for bad input, told in one line; 130 after Ctrl-C.
 Everything heavy is imported inside the commands, so that --help and --version answer at once.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
 
     from mistral_kernels import Transformer
     from mistral_kernels.model.tokenizer import Tokenizer
+    from mistral_kernels.verify import Report
 
 TINY_MIXTRAL = Path(__file__).parent / "tiny_mixtral"
+# Columns that a table may take where no terminal limits it; a narrower table takes fewer.
+PIPE_WIDTH = 200
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+# No rich markup: it would take the brackets of "[default: ...]" for tags.
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 class Dtype(StrEnum):
@@ -44,7 +49,7 @@ class Layout(StrEnum):
 
 FolderArgument = Annotated[
     Path | None,
-    typer.Argument(metavar="[FOLDER]", help="Checkpoint folder [default: a tiny built-in model]."),
+    typer.Argument(help="Checkpoint folder [default: a tiny built-in model]."),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N [default: cuda if present].")
@@ -56,8 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     # The name that typer gives this exception is private in some of its releases.
     usage_error = typer.BadParameter.__base__
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        status = app(arguments, prog_name="mistral-kernels", standalone_mode=False)
+        status = app(arguments or ["--help"], prog_name="mistral-kernels", standalone_mode=False)
     except usage_error as error:
         _fail(error.format_message())
     except (ValueError, TypeError, OSError) as error:
@@ -151,7 +157,7 @@ def generate(
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    """The prompt given, or the file's or stdin's text without the newline that ends its last line."""
+    """The prompt given, or the text of the file or stdin without its last line's newline."""
     if prompt is not None and prompt_file is not None:
         raise ValueError("--prompt and --prompt-file exclude each other")
     if prompt is None:
@@ -247,13 +253,12 @@ def _timings(prompt_tokens: int, new_tokens: int, times: list[float]) -> dict[st
 
 
 def _print_rates(result: dict[str, Any]) -> None:
-    parts = []
+    timings, parts = result["timings"], []
     for phase in ("prompt", "decode"):
-        tokens, ms, rate = (
-            result["timings"][f"{phase}_{unit}"] for unit in ("tokens", "ms", "tokens_per_s")
-        )
+        rate = timings[f"{phase}_tokens_per_s"]
         parts.append(
-            f"{phase}: {tokens} tokens in {ms:.1f} ms" + (rate and f" ({rate:.1f}/s)" or "")
+            f"{phase}: {timings[f'{phase}_tokens']} tokens in {timings[f'{phase}_ms']:.1f} ms"
+            + (f" ({rate:.1f} tokens/s)" if rate else "")
         )
     print("; ".join(parts), file=sys.stderr)
 
@@ -284,15 +289,69 @@ def info(as_json: JsonOption = False) -> None:
     )
 
 
-def _print_table(columns: list[str], rows, **table_options: Any) -> None:
-    """Print cells as text, with "-" for None, as wide as the terminal or, in a pipe, as needed."""
+@app.command()
+def verify(
+    folder: FolderArgument = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Check only this one and the reference [default: all].")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the model.")] = Dtype.float32,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check each backend's logits of one prompt against float64; status 1 if one misses."""
+    from mistral_kernels.verify import verify
+
+    report = verify(
+        folder or TINY_MIXTRAL, backend=backend, dtype=_dtype(dtype), device=_device(device)
+    )
+    asked = next((row for row in report.rows if row.backend == backend), None)
+    if asked and asked.result == "not available":
+        raise ValueError(f"--backend {backend} is not available: {asked.reason}")
+    if as_json:
+        print(json.dumps(report.as_dict()))
+    else:
+        _print_report(report)
+    raise typer.Exit(0 if report.passed else 1)
+
+
+def _print_report(report: Report) -> None:
+    tokens = " and ".join(map(str, report.tokens))
+    window = report.wrapped_window
+    rings = f"the ring of window {window} wraps" if window else "no ring wraps"
+    print(f"{report.folder}, {report.dtype} on {report.device}")
+    print(f"{tokens} tokens in {report.steps} steps; {rings}")
+    columns = ["backend", "largest error", "limit", "mean error", "limit", "diverges at", "result"]
+    verdicts = []
+    for row in report.rows:
+        errors = [None] * 4
+        if row.error is not None:
+            pairs = zip(row.error, row.limit, strict=True)
+            errors = [f"{number:.1e}" for pair in pairs for number in pair]
+        result = f"{row.result}: {row.reason}" if row.reason else row.result
+        verdicts.append([row.backend, *errors, row.first_layer, result])
+    _print_table(columns, verdicts)
+    served = {row.backend: row.ops for row in report.rows if row.ops}
+    ops = next(iter(served.values()))
+    _print_table(
+        ["op", *(f"with {backend}" for backend in served)],
+        ([op, *(by_op[op] for by_op in served.values())] for op in ops),
+    )
+
+
+def _print_table(columns: list[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print cells as text, with "-" for None."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*columns, **table_options)
+    table = Table(*columns)
     for row in rows:
         table.add_row(*("-" if cell is None else str(cell) for cell in row))
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
-        console.width = max(console.width, console.measure(table).maximum)
+        console.width = PIPE_WIDTH
     console.print(table)
+
+
+if __name__ == "__main__":
+    main()
