@@ -1,0 +1,57 @@
+"""Loading a checkpoint takes the memory of the model, and refusing one takes none."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoints
+import pytest
+import torch
+
+from mistral_kernels.model.weight_table import checkpoint_table
+
+PEAK_MEMORY = """
+import sys, threading, time, torch
+from pathlib import Path
+from mistral_kernels.model.config import ModelConfig
+from mistral_kernels.model.weights import Checkpoint, parameter_shapes
+
+def anonymous_bytes():
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+
+def sample():
+    while not done.is_set():
+        samples.append(anonymous_bytes())
+        time.sleep(0.002)
+
+torch.ones(64, 64, dtype=torch.bfloat16).copy_(torch.ones(64, 64))
+before, samples, done = anonymous_bytes(), [], threading.Event()
+sampler = threading.Thread(target=sample)
+sampler.start()
+config = ModelConfig.from_folder(sys.argv[1])
+checkpoint = Checkpoint(sys.argv[1], config)
+headers = max(samples + [anonymous_bytes()]) - before
+dtype = torch.bfloat16
+parameters = {n: torch.empty(s, dtype=dtype) for n, s in parameter_shapes(config).items()}
+checkpoint.copy_to(parameters)
+done.set()
+sampler.join()
+print(headers, max(samples + [anonymous_bytes()]) - before, checkpoint.nbytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_peak_memory_of_loading(tmp_path: Path) -> None:
+    config = checkpoints.tiny_config(hidden=2048, ffn_dim=16384, vocab=10000)
+    table = checkpoint_table(config)
+    zeros = {key: torch.zeros(place.shape, dtype=torch.bfloat16) for key, place in table.items()}
+    checkpoints.write_native(tmp_path, config, zeros)
+    size = (tmp_path / "consolidated.safetensors").stat().st_size
+    command = [sys.executable, "-c", PEAK_MEMORY, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    headers, peak, nbytes = map(int, result.stdout.split())
+    assert 4.5e8 < nbytes <= size
+    assert headers < 0.01 * size, "reading the headers takes no memory to speak of"
+    assert nbytes <= peak + 2**20 and peak <= 1.15 * size, peak / size
