@@ -1,0 +1,50 @@
+# make demo | test | lint | bench. Each installs what it needs into .venv, once.
+# All but demo also run in an existing environment: make test PYTHON=/path/to/python NO_INSTALL=1
+PYTHON ?= python3
+
+demo: .venv/installed-demo
+ifdef NO_INSTALL
+RUN := $(PYTHON)
+else
+RUN := .venv/bin/python
+test: .venv/installed-test
+bench: .venv/installed-bench
+lint: .venv/installed-lint
+endif
+
+.PHONY: demo test lint bench
+.DELETE_ON_ERROR:
+
+demo:
+	.venv/bin/mistral-kernels generate --prompt "whistle:"
+	.venv/bin/mistral-kernels verify
+
+test:
+	$(RUN) -m pytest
+	TRITON_INTERPRET=1 $(RUN) -m pytest -m interpreter
+
+lint:
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+bench:
+	$(RUN) -m pytest benchmarks --benchmark-only
+
+# Python files are used where they are (an editable install); everything compiled reinstalls.
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
+INSTALL = .venv/bin/python -m pip install -q -c constraints.txt
+
+.venv/installed-demo: EXTRA =
+.venv/installed-test: EXTRA = [test]
+.venv/installed-bench: EXTRA = [bench,hf]
+.venv/installed-demo .venv/installed-test .venv/installed-bench: $(SOURCES) | .venv
+	$(INSTALL) -e ".$(EXTRA)"
+	touch $@
+
+.venv/installed-lint: constraints.txt | .venv
+	$(INSTALL) ruff clang-format
+	touch $@
+
+.venv:
+	$(PYTHON) -m venv $@

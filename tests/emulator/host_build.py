@@ -1,0 +1,109 @@
+"""Builds the shipped .cu files for the host: g++ instead of nvcc, fibers instead of a GPU."""
+
+import atexit
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+EMULATOR = Path(__file__).parent
+CSRC = EMULATOR.parent.parent / "csrc"
+FLAGS = "-g -std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wno-attributes".split()
+# Whatever reads or writes where it should not ends the process.
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# A library built elsewhere, for the run under sanitizers (test_rms_norm_emulated.py).
+CORE_VARIABLE = "MISTRAL_KERNELS_EMULATED_CORE"
+
+
+def toolkit_include() -> Path | None:
+    """The folder of the CUDA toolkit's headers (types, bf16 and fp16), or None."""
+    include = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include")
+    return include if (include / "cuda_fp16.h").is_file() else None
+
+
+def missing() -> str | None:
+    """Why nothing can be built here, or None."""
+    if not shutil.which("g++"):
+        return "g++ is not installed"
+    return None if toolkit_include() else "the headers of a CUDA toolkit are not installed"
+
+
+@cache
+def build_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="emulator-"))
+    atexit.register(shutil.rmtree, folder)
+    return folder
+
+
+@cache
+def compile_object(source: Path, sanitize: bool) -> Path:
+    target = build_folder() / f"{source.name}{'.asan' if sanitize else ''}.o"
+    ours = [EMULATOR / "include", CSRC]
+    others = [pybind11.get_include(), sysconfig.get_path("include"), toolkit_include()]
+    command = ["g++", *FLAGS, *(["-O1", *SANITIZERS] if sanitize else ["-O2"])]
+    command += [f"-I{path}" for path in ours] + [f"-isystem{path}" for path in others]
+    command += ['-DMISTRAL_KERNELS_CUDA="emulator"']
+    subprocess.run([*command, "-x", "c++", "-c", source, "-o", target], check=True)
+    return target
+
+
+@cache
+def build(name: str, *sources: Path, sanitize: bool = False) -> Path:
+    """Compiles `sources` and the emulator into the Python extension `name`; returns its file."""
+    sources = (*sources, EMULATOR / "emulator.cpp")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_object, sources, [sanitize] * len(sources)))
+    folder = build_folder() / ("asan" if sanitize else "plain")
+    folder.mkdir(exist_ok=True)
+    target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    flags = SANITIZERS if sanitize else []
+    subprocess.run(["g++", *flags, "-shared", *objects, "-o", target], check=True)
+    return target
+
+
+def build_core(*, sanitize: bool = False) -> Path:
+    """Builds all of csrc/, as setup.py does."""
+    sources = sorted([*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu")])
+    return build("_C", *sources, sanitize=sanitize)
+
+
+@cache
+def emulated_core() -> ModuleType:
+    """The extension `_C` whose CUDA kernels take CPU pointers, device 0 and stream 0."""
+    return load("_C", Path(os.environ.get(CORE_VARIABLE) or build_core()))
+
+
+def load(name: str, path: Path) -> ModuleType:
+    """Imports the extension from its file, beside a real one of the same name."""
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(module)
+    return module
+
+
+def run_sanitized(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+    """Runs `command` with AddressSanitizer loaded, since Python is not built with it."""
+    libraries = [
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    environment |= {
+        "LD_PRELOAD": " ".join(libraries),
+        "PYTHONMALLOC": "malloc",  # small objects get red zones too
+        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=600
+    )

@@ -1,0 +1,56 @@
+// Host twin of CUDA's cuda_runtime.h: .cu files compiled by g++ find this one first.
+//
+// Types and the runtime's declarations are the toolkit's own; launches, built-in variables,
+// barriers and shuffles go to the fibers of emulator.h.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <vector_functions.h>
+
+#include <cmath>
+
+#include "emulator.h"
+
+// One copy for all threads of a block, since blocks run one after another. Under AddressSanitizer
+// it has red zones. `extern __shared__` has no such form: see cuda/dynamic_shared.cuh.
+#undef __shared__
+#define __shared__ static
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+
+// Built-in variables of the thread that runs.
+using emulator::blockDim;
+using emulator::blockIdx;
+using emulator::gridDim;
+using emulator::threadIdx;
+
+inline void __syncthreads() { emulator::sync_block(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::sync_warp(mask); }
+
+// Every lane of `mask` calls a shuffle together; lanes stay within groups of `width`.
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  return emulator::exchange(mask, value, emulator::lane() / width * width + source % width);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) {
+  const int source = emulator::lane() ^ lane_mask;
+  const bool inside = source / width <= emulator::lane() / width;
+  return emulator::exchange(mask, value, inside ? source : emulator::lane());
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const int source = emulator::lane() + static_cast<int>(delta);
+  const bool inside = source / width == emulator::lane() / width;
+  return emulator::exchange(mask, value, inside ? source : emulator::lane());
+}
+
+inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+
+template <typename... Params, typename... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               Args&&... args) {
+  return emulator::run_grid(*config, [&] { kernel(static_cast<Params>(args)...); });
+}

@@ -1,0 +1,96 @@
+"""The shipped csrc/cuda/rms_norm.cu on the host emulator, plainly and under sanitizers."""
+
+import sys
+
+import oracle
+import peer
+import pytest
+import torch
+from emulator.host_build import CORE_VARIABLE, build_core, emulated_core, missing, run_sanitized
+from tolerance import assert_close, assert_same
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+EPS = 1e-5
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GUARD = 64  # elements before and behind an output that must stay NaN
+
+
+def guarded(tokens: int, hidden: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """An output of NaN in the middle of a longer buffer of NaN; returns (output, buffer)."""
+    buffer = torch.full((tokens * hidden + 2 * GUARD,), torch.nan, dtype=dtype)
+    return buffer[GUARD : GUARD + tokens * hidden].view(tokens, hidden), buffer
+
+
+def emulate(x, weight, residual=None, device=0):
+    """(normed, summed) by the CUDA kernel; checks that nothing beside them was written."""
+    normed, normed_buffer = guarded(*x.shape, x.dtype)
+    summed, summed_buffer = guarded(*x.shape, x.dtype)
+    emulated_core().rms_norm_cuda(
+        x.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        weight.data_ptr(),
+        normed.data_ptr(),
+        0 if residual is None else summed.data_ptr(),
+        *x.shape,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        EPS,
+        DTYPES.index(x.dtype),
+        device,
+        0,
+    )
+    for buffer in (normed_buffer, summed_buffer):
+        assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()
+    return normed, summed
+
+
+def check(normed, x, weight):
+    exact = torch.from_numpy(oracle.rms_norm(oracle.f64(x), oracle.f64(weight), EPS))
+    assert_close(normed, peer.rms_norm(x, weight, EPS), exact.view(x.shape), "rms_norm")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [1, 7, 64, 1000, 4096])
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_rms_norm(tokens, hidden, dtype):
+    x, weight = torch.randn(tokens, hidden).to(dtype), torch.randn(hidden).to(dtype)
+    normed, summed = emulate(x, weight)
+    check(normed, x, weight)
+    assert summed.isnan().all(), "plain rms_norm has no sum to write"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [1, 7, 64, 1000, 4096])
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_add_rms_norm(tokens, hidden, dtype):
+    x, residual = (torch.randn(tokens, hidden).to(dtype) for _ in range(2))
+    weight = torch.randn(hidden).to(dtype)
+    normed, summed = emulate(x, weight, residual)
+    assert_same(summed, x + residual, "summed")
+    check(normed, summed, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_and_misaligned_rows_give_the_bits_of_packed_ones(dtype):
+    wide = torch.randn(3, 3 * 64 + 1).to(dtype)
+    weight = torch.randn(65).to(dtype)
+    # The stride and the second offset are odd, so rows start at every alignment.
+    for x in (wide[:, :64], wide[:, 65:129]):
+        for aligned_weight in (weight[:64], weight[1:]):
+            packed = emulate(x.contiguous(), aligned_weight.clone(), x.contiguous())
+            for got, want in zip(emulate(x, aligned_weight, x), packed, strict=True):
+                assert_same(got, want, "strided")
+
+
+def test_an_unknown_device_is_an_error_that_names_the_op():
+    x = torch.randn(1, 8)
+    with pytest.raises(RuntimeError, match="rms_norm: CUDA error: cudaErrorInvalidDevice"):
+        emulate(x, torch.ones(8), device=1)
+
+
+def test_under_address_and_undefined_behaviour_sanitizers():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "not sanitizers"]
+    library = str(build_core(sanitize=True))
+    result = run_sanitized(command, **{CORE_VARIABLE: library}, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stdout + result.stderr
