@@ -55,7 +55,7 @@ def attention(
     causal: bool = True,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Masked softmax attention of one sequence; the LSE is float32 maths on the same q and k."""
+    """Masked softmax attention of one sequence; the LSE is at least float32 maths on q and k."""
     group = q.shape[1] // k.shape[1]
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     i = torch.tensor(q_positions, device=q.device)[:, None]
@@ -69,7 +69,8 @@ def attention(
     scores = torch.einsum("ihd,jhd->hij", q, k) * scale
     shares = torch.softmax(scores.masked_fill(~seen, -math.inf), dim=-1)
     out = torch.einsum("hij,jhd->ihd", shares.masked_fill(~seen, 0.0), v)
-    exact_scores = torch.einsum("ihd,jhd->hij", q.float(), k.float()) * scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    exact_scores = torch.einsum("ihd,jhd->hij", q.to(wide), k.to(wide)) * scale
     return out, exact_scores.masked_fill(~seen, -math.inf).logsumexp(-1).T
 
 

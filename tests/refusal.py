@@ -82,7 +82,7 @@ def check(op: Callable, valid: dict[str, Any], case: Case) -> None:
 def check_refuses_grad(op: Callable, valid: dict[str, Any], argument: str) -> None:
     """Assert that `op` raises when `argument` requires grad, and runs when grad mode is off."""
     watched = {**valid, argument: valid[argument].clone().requires_grad_()}
-    with pytest.raises(RuntimeError, match=rf"{op.__name__}: .*{argument}"):
+    with pytest.raises(RuntimeError, match=rf"{op.__name__}: .*requires grad"):
         op(**watched)
     with torch.no_grad():
         op(**watched)

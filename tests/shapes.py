@@ -79,3 +79,18 @@ CHUNKS = (
     Chunk("starts left the window long ago", (30, 9), (2, 4), 8, 4, 2, (3, 0)),
     Chunk("one page of 16", (15, 16, 17), (1, 1, 5), 16, 16, 1),
 )
+
+# One new token a sequence: the first ever, around the edges of page and ring, and after wraps.
+CONTEXTS = (0, 3, 6, 7, 8, 15, 16, 29)
+ONES = (1,) * len(CONTEXTS)
+STEPS = (
+    Chunk("window is the ring", CONTEXTS, ONES, 8, 4, 2),
+    Chunk("window below the ring", CONTEXTS, ONES, 6, 4, 3),
+    Chunk("window of one key", CONTEXTS, ONES, 1, 4, 1),
+    Chunk("window below a page", CONTEXTS, ONES, 3, 8, 1),
+    Chunk("window not a multiple of the page", CONTEXTS, ONES, 7, 4, 2),
+    Chunk("window longer than everything", CONTEXTS, ONES, 99, 16, 2),
+    Chunk("no window", CONTEXTS, ONES, None, 16, 2),
+    Chunk("no window, narrow ring", CONTEXTS, ONES, None, 4, 2),
+    Chunk("left padding", CONTEXTS, ONES, 8, 4, 2, (0, 2, 6, 8, 1, 9, 10, 3)),
+)

@@ -9,23 +9,13 @@ import pytest
 import refusal
 import shapes
 import torch
+from scene import rope_tables
 from tolerance import assert_close, assert_same
 
 from mistral_kernels import ops
 
 OP = "rope"
-MAX_POSITIONS = 40
 POSITIONS = [3, -1, 0, 39, 17, 17, -5]
-
-
-def tables(head_dim: int, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-    """Return cos, sin and q_scale; float64 for float64 tensors, else float32."""
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    frequencies = 1e4 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.outer(torch.arange(MAX_POSITIONS, dtype=torch.float64), frequencies)
-    scale = 1 + 0.1 * torch.log(1 + torch.floor(torch.arange(MAX_POSITIONS) / 8))
-    named = {"cos": angles.cos(), "sin": angles.sin(), "q_scale": scale}
-    return {name: value.to(device, dtype) for name, value in named.items()}
 
 
 def valid_call(dtype=torch.float32, device="cpu", heads=shapes.Heads(4, 2, 16)) -> dict:
@@ -36,7 +26,7 @@ def valid_call(dtype=torch.float32, device="cpu", heads=shapes.Heads(4, 2, 16)) 
         "q": qkv[:, :q_heads],
         "k": qkv[:, q_heads : q_heads + kv_heads],
         "positions": torch.tensor(POSITIONS, dtype=torch.int32, device=device),
-        **tables(head_dim, dtype, device),
+        **rope_tables(head_dim, dtype, device),
         "interleaved": True,
     }
 
