@@ -81,12 +81,14 @@ def _native_yarn(yarn: JsonFields | None) -> dict[str, Any] | None:
     if yarn is None:
         return None
     factor = yarn.number("factor")
+    # Published files say apply_scale; where it is absent YaRN is meant as in its paper.
+    scaled = yarn.flag("apply_scale", True)
     return {
         "factor": factor,
         "original_max_positions": yarn.integer("original_max_position_embeddings"),
         "beta_fast": yarn.number("beta"),
         "beta_slow": yarn.number("alpha"),
-        "attention_factor": _yarn_scale(factor) if yarn.flag("apply_scale", True) else 1.0,
+        "attention_factor": _yarn_scale(factor) if scaled else 1.0,
     }
 
 
@@ -299,5 +301,5 @@ def _window(value: Any, name: str) -> int | None:
 
 
 def _yarn_scale(factor: float, mscale: float = 1.0) -> float:
-    """YaRN's attention factor. Source: https://arxiv.org/abs/2309.00071, eq. 22."""
+    """YaRN's attention factor. Source: https://arxiv.org/abs/2309.00071"""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
