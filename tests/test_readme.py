@@ -1,0 +1,67 @@
+"""README says what is: its example runs, its links and commands exist, its table matches the ops."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from mistral_kernels.ops import dispatch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_prints_what_it_says():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(code.splitlines()) <= 12
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    expected = re.search(r"print\(.*\)  # (.*)", code)[1]
+    assert run.stdout.strip() == expected
+
+
+def test_links_and_files_exist():
+    names = re.findall(r"\]\(([^)#]+)\)", README)
+    names += re.findall(r"`((?:csrc|tests|kernels|benchmarks|mistral_kernels)/[\w./]+)`", README)
+    names += re.findall(r"pytest (tests/\w+\.py)", README)
+    assert len(names) > 15
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {word for line in re.findall(r"make ([a-z ]+)", README) for word in line.split()}
+    assert {"demo", "test", "lint", "bench"} <= targets
+    for target in ("demo", "test", "lint", "bench"):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_status_table_is_the_registry():
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|(.*)\|$", README, re.MULTILINE)
+    table = {
+        op: tuple(
+            b for b, cell in zip(dispatch.BACKENDS, cells.split("|"), strict=True) if "yes" in cell
+        )
+        for ops, cells in rows
+        for op in re.findall(r"`(\w+)`", ops)
+    }
+    registered = {op: dispatch.backends(op) for op in dispatch.OPS if not op.endswith("_backward")}
+    assert table == registered
+
+
+def test_commands_in_the_readme_exist():
+    for command in sorted(set(re.findall(r"mistral-kernels (\w+)", README))):
+        run = subprocess.run(
+            [sys.executable, "-m", "mistral_kernels.cli", command, "--help"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
+        assert run.returncode == 0, (command, run.stderr)
+
+
+def test_length():
+    assert len(README.splitlines()) < 200
