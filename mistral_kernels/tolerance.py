@@ -1,8 +1,8 @@
 """How far a result may lie from float64: the numbers behind `mistral-kernels verify` and the tests.
 
-float32 logits have one limit for each backend. bf16 and fp16 have no fixed limit, because their error
-depends on the shape: a result passes if it is nearly as good as the same maths done by torch in that
-dtype (`low_precision_limit`). Both are compared with float64, never with each other.
+float32 logits have one limit for each backend. bf16 and fp16 have no fixed limit, because their
+error depends on the shape: a result passes if it is nearly as good as the same maths done by torch
+in that dtype (`low_precision_limit`). Both are compared with float64, never with each other.
 """
 
 import math

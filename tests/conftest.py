@@ -1,9 +1,10 @@
 """Runs a test of an op on every backend that can serve it here.
 
-A test module names its op as `OP = "rms_norm"`; each of its tests that takes `backend` or `device` runs
-once for every backend with a cell for that op that is available in this process: on CPU tensors, and,
-marked `gpu`, on CUDA tensors where there is a GPU. With TRITON_INTERPRET=1 the Triton cells run on the
-CPU; those tests are marked `interpreter`. A test that takes `dtype` runs for each dtype served.
+A test module names its op as `OP = "rms_norm"`; each of its tests that takes `backend` or `device`
+runs once for every backend with a cell for that op that is available in this process: on CPU
+tensors, and, marked `gpu`, on CUDA tensors where there is a GPU. With TRITON_INTERPRET=1 the Triton
+cells run on the CPU; those tests are marked `interpreter`. A test that takes `dtype` runs for each
+dtype served.
 """
 
 from itertools import product

@@ -1,7 +1,7 @@
 """Gradients of a differentiable op: against finite differences, plain torch, and torch.compile.
 
-Each check takes a function of tensors by name that returns one tensor; an op with several outputs is
-wrapped so that all of them count.
+Each check takes a function of tensors by name that returns one tensor; an op with several outputs
+is wrapped so that all of them count.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def check_float32(
 
 
 def check_compiled(function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> None:
-    """Assert that one whole graph of torch.compile gives eager's output and gradients bit for bit."""
+    """Assert that one whole graph of torch.compile gives eager's output and gradients, bitwise."""
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_same(compiled(**inputs), function(**inputs), "compiled output")
     eager = gradients(function, inputs, torch.float32)

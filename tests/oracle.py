@@ -1,8 +1,8 @@
 """What every op should return, in float64 and in plain loops over tokens, heads and keys.
 
-Written from the definitions and sharing no code with the ops: arrays are numpy float64, positions are
-integers, and a sequence's keys are a plain list in position order, never a ring. `None` windows,
-negative positions and skipped experts are spelled out as the definitions do.
+Written from the definitions and sharing no code with the ops: arrays are numpy float64, positions
+are integers, and a sequence's keys are a plain list in position order, never a ring. `None`
+windows, negative positions and skipped experts are spelled out as the definitions do.
 """
 
 import math
@@ -96,8 +96,8 @@ def attention(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attend one sequence's queries over its keys.
 
-    q is (queries, q_heads, head_dim), k and v are (keys, kv_heads, head_dim). Returns the output like q
-    and the natural-log LSE (queries, q_heads); a query that sees nothing gets 0 and -inf.
+    q is (queries, q_heads, head_dim), k and v are (keys, kv_heads, head_dim). Returns the output
+    like q and the natural-log LSE (queries, q_heads); a query that sees nothing gets 0 and -inf.
     """
     queries, q_heads, head_dim = q.shape
     group = q_heads // k.shape[1]
@@ -154,8 +154,8 @@ def expert_mlp(
 def quantise(x: np.ndarray, scale: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """Return round(x / scale) as int8 or fp8 stores it; times scale it reads back as about x.
 
-    x is (tokens, kv_heads, head_dim); scale is (1,) or (kv_heads,). The quotient is a float32 one: the
-    definition is fp32 inside, and a bf16 x meets half-way cases that differ in float64.
+    x is (tokens, kv_heads, head_dim); scale is (1,) or (kv_heads,). The quotient is a float32 one:
+    the definition is fp32 inside, and a bf16 x meets half-way cases that differ in float64.
     """
     out = np.empty_like(x)
     scale = np.broadcast_to(scale, x.shape[1:2]).astype(np.float32)

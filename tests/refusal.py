@@ -1,7 +1,7 @@
 """Bad input, one line a case: an op must refuse it and say op, argument, expected and got.
 
-A case is (argument, bad value, expected, got), the last two being parts of the message. `cases` makes
-those that follow from an argument's type alone; a test module adds the ones of its own op.
+A case is (argument, bad value, expected, got), the last two being parts of the message. `cases`
+makes those that follow from an argument's type alone; a test module adds the ones of its own op.
 """
 
 import math
@@ -47,7 +47,10 @@ def cases(valid: dict[str, Any]) -> list[Case]:
             found += [Case(argument, 1.5, "int", "float"), Case(argument, True, "int", "bool")]
             found += [Case(argument, 0, ">= 1", "0")]
         elif isinstance(value, float):
-            found += [Case(argument, "1", "float", "str"), Case(argument, math.inf, "finite", "inf")]
+            found += [
+                Case(argument, "1", "float", "str"),
+                Case(argument, math.inf, "finite", "inf"),
+            ]
             found += [Case(argument, math.nan, "finite", "nan"), Case(argument, -1.0, "0", "-1.0")]
     return found
 

@@ -1,7 +1,7 @@
-"""Rolling paged caches for tests, written slot by slot in plain Python, with NaN in every other slot.
+"""Rolling paged caches for tests, written slot by slot in plain Python, NaN in every other slot.
 
-Keys and values of a sequence are made as one long history, so that what an op should see is a slice of
-it; the ring below is only where the op finds them.
+Keys and values of a sequence are made as one long history, so that what an op should see is a slice
+of it; the ring below is only where the op finds them.
 """
 
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def put(cache: Tensor, page: int, row: int, x: Tensor, scale: Tensor | None) -> 
 
 
 def stored(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return what keys or values (tokens, kv_heads, head_dim) read back as: x itself, or float64."""
+    """Return what keys or values (tokens, kv_heads, head_dim) read back as: x itself or float64."""
     if scale is None:
         return x
     steps = torch.from_numpy(quantise(f64(x), f64(scale), dtype)).to(x.device)

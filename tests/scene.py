@@ -1,8 +1,9 @@
 """A batch of sequences caught at one call of attention: their histories, the ring, what to expect.
 
 Each sequence is one list of keys and values by position. The first `context_lens[b]` of them went
-through the ring of `tests/ring.py`; the rest are the call's own tokens, views of one qkv tensor. The
-expectation never looks at the ring: it knows only which positions a ring of that capacity still holds.
+through the ring of `tests/ring.py`; the rest are the call's own tokens, views of one qkv tensor.
+The expectation never looks at the ring: it knows only which positions a ring of that capacity still
+holds.
 """
 
 from collections.abc import Callable, Iterator
@@ -78,8 +79,8 @@ class Scene:
     def histories(self, *, stored_first: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each sequence's keys and values by position, as the cache gives them back.
 
-        New tokens are exact unless they were stored first: decode attends what it stored, prefill its
-        inputs.
+        New tokens are exact unless they were stored first: decode attends what it stored, prefill
+        its inputs.
         """
         dtype = self.ring.k_cache.dtype
         for b, (begin, end) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
@@ -172,7 +173,7 @@ def make_scene(
 
 
 def make_step(chunk: Chunk, **kind) -> Scene:
-    """Make a scene whose ring has a page for every new token, as an allocator gives it in advance."""
+    """Make a scene whose ring has a page for every new token, as an allocator sees to it."""
     scene = make_scene(chunk, **kind)
     for b, (context, tokens) in enumerate(zip(chunk.context_lens, chunk.seqlens, strict=True)):
         for position in range(context, context + tokens):

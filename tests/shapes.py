@@ -11,8 +11,8 @@ LAYOUTS = ("contiguous", "padded", "permuted")
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
     """Return the same values and shape with other strides; the last dimension stays contiguous.
 
-    `padded` leaves a gap after each row; `permuted` is dense, but its first two leading dimensions lie
-    in memory in the other order (a 2-D tensor has only one, and stays as it is).
+    `padded` leaves a gap after each row; `permuted` is dense, but its first two leading dimensions
+    lie in memory in the other order (a 2-D tensor has only one, and stays as it is).
     """
     if layout == "padded":
         return torch.nn.functional.pad(tensor, (0, 3))[..., : tensor.shape[-1]]
@@ -44,7 +44,7 @@ HEADS = (
 
 
 class Chunk(NamedTuple):
-    """One call of attention on a rolling cache: ragged sequences with some tokens cached already."""
+    """One call of attention on a rolling cache: ragged sequences, some of their tokens cached."""
 
     name: str
     context_lens: tuple[int, ...]

@@ -201,7 +201,10 @@ def test_result_does_not_depend_on_capacity_pages_or_order(dtype, backend, devic
             other.fill(b, scene.past_k[b], scene.past_v[b], 0, context)
             other.place(b, context)
         for name, got, want in zip(
-            ("out", "lse"), replace(scene, ring=other).decode(backend=backend), expected, strict=True
+            ("out", "lse"),
+            replace(scene, ring=other).decode(backend=backend),
+            expected,
+            strict=True,
         ):
             assert_same(got, want, f"{name} with pages of {page_size}")
 

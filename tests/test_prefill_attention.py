@@ -116,8 +116,8 @@ def test_packed_sequences_never_see_each_other(backend, device):
         assert changed[6:].isnan().all(), "the second sees its own NaN"
 
 
-# Positions 0-8 are cached, 9-12 new; the ring of 12 still holds 0-8; the window is 5, so that no query
-# sees 0-4.
+# Positions 0-8 are cached, 9-12 new; the ring of 12 still holds 0-8; the window is 5, so that no
+# query sees 0-4.
 INFLUENCE = Chunk("influence", (9,), (4,), 5, 4, 3)
 
 

@@ -6,7 +6,6 @@ import gradients
 import peer
 import pytest
 import refusal
-import ring
 import shapes
 import torch
 from scene import make_scene

@@ -9,7 +9,7 @@ import pytest
 import refusal
 import shapes
 import torch
-from scene import rope_tables
+from scene import SMALL, rope_tables
 from tolerance import assert_close, assert_same
 
 from mistral_kernels import ops
@@ -18,7 +18,7 @@ OP = "rope"
 POSITIONS = [3, -1, 0, 39, 17, 17, -5]
 
 
-def valid_call(dtype=torch.float32, device="cpu", heads=shapes.Heads(4, 2, 16)) -> dict:
+def valid_call(dtype=torch.float32, device="cpu", heads=SMALL) -> dict:
     """Return q, k as views of one qkv tensor, and the tables, as keyword arguments."""
     tokens, (q_heads, kv_heads, head_dim) = len(POSITIONS), heads
     qkv = torch.randn(tokens, q_heads + 2 * kv_heads, head_dim, device=device).to(dtype)

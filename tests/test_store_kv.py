@@ -25,7 +25,7 @@ def packed(chunk: shapes.Chunk, *, dtype=torch.float32, device="cpu", kv_heads=2
 
 
 def prepared(chunk: shapes.Chunk, **kind) -> tuple[ring.Ring, ring.Ring]:
-    """Return a ring with the pages of the new tokens given out, and what it should hold afterwards."""
+    """Return a ring with pages for the new tokens, and a copy to write what it should hold."""
     shape = {"kv_heads": 2, "head_dim": 16, **kind}
     empty = ring.empty_ring(len(chunk.seqlens), chunk.pages_per_seq, chunk.page_size, **shape)
     for sequence, (context, tokens) in enumerate(

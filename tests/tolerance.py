@@ -1,16 +1,16 @@
 """The one table of what an op's result may differ by; no test carries a tolerance of its own.
 
-The rule is the package's (`mistral_kernels.tolerance`): a result is compared with a float64 oracle and
-may be at most so much worse than plain torch doing the same maths in the result's dtype.
+The rule is the package's (`mistral_kernels.tolerance`): a result is compared with a float64 oracle
+and may be at most so much worse than plain torch doing the same maths in the result's dtype.
 """
 
 import torch
 
 from mistral_kernels.tolerance import MAX_FLOOR, Error, error, low_precision_limit
 
-# Added to the low-precision rule's mean. Where torch is exact by luck (a one-element tensor, one key)
-# there is nothing to multiply; a tenth of the floor of the largest error is far below a bf16 or fp16
-# rounding step (4e-3, 5e-4) and just above the float32 one (6e-8) times a short sum.
+# Added to the low-precision rule's mean. Where torch is exact by luck (one element, one key) there
+# is nothing to multiply; a tenth of the floor of the largest error is far below a rounding step of
+# bf16 or fp16 (4e-3, 5e-4) and just above the float32 one (6e-8) times a short sum.
 MEAN_FLOOR = MAX_FLOOR / 10
 
 # float64 only has to show that nothing is rounded to less on the way.
@@ -47,6 +47,6 @@ def assert_same(out: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a contiguous copy of `tensor` seen as integers, so that NaN equals NaN and 0 not -0."""
+    """Return a contiguous copy of `tensor` as integers: NaN equals itself, 0 is not -0."""
     width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.detach().cpu().contiguous().view(width)

@@ -1,0 +1,221 @@
+"""expert_mlp against a float64 loop over tokens and slots, on every backend."""
+
+import functools
+
+import gradients
+import oracle
+import peer
+import pytest
+import refusal
+import shapes
+import torch
+from tolerance import assert_close, assert_same
+
+from mistral_kernels import ops
+
+OP = "expert_mlp"
+# (tokens, hidden, ffn_dim, experts, top_k): none, decode, odd and prime sizes, k of 1 and of all.
+# The model rounds to the dtype on the way; ffn_dim is wide enough that no single rounding decides
+# the error of a row, which would make the comparison with torch a matter of luck.
+CASES = [
+    (0, 16, 24, 8, 2),
+    (1, 288, 264, 8, 2),
+    (3, 160, 192, 8, 2),
+    (37, 96, 128, 8, 2),
+    (7, 97, 149, 7, 3),
+    (5, 160, 184, 4, 1),
+    (5, 160, 184, 4, 4),
+    (6, 160, 184, 1, 1),
+]
+
+
+def make_call(tokens, hidden, ffn_dim, experts, top_k, *, dtype=torch.float32, device="cpu"):
+    """Return the arguments of a call with random routing to distinct experts."""
+
+    def draw(*size):
+        return torch.randn(size, device=device).to(dtype)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    logits = torch.randn(tokens, experts, device=device)
+    values, expert_ids = logits.topk(top_k)
+    return {
+        "x": draw(tokens, hidden),
+        "w13": draw(experts, 2 * ffn_dim, hidden) / hidden**0.5,
+        "w2": draw(experts, hidden, ffn_dim) / ffn_dim**0.5,
+        "weights": values.softmax(-1).to(wide),
+        "expert_ids": expert_ids.int(),
+    }
+
+
+def check(out: torch.Tensor, call: dict) -> None:
+    arrays = {name: oracle.f64(value) for name, value in call.items()}
+    exact = torch.from_numpy(oracle.expert_mlp(**arrays))
+    plain = peer.expert_mlp(**{name: value.cpu() for name, value in call.items()})
+    assert out.dtype == call["x"].dtype and out.is_contiguous()
+    assert_close(out, plain, exact, "expert_mlp")
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("sizes", CASES, ids=str)
+def test_expert_mlp(sizes, batch_invariant, dtype, backend, device):
+    call = make_call(*sizes, dtype=dtype, device=device)
+    run = functools.partial(ops.expert_mlp, **call, batch_invariant=batch_invariant)
+    out = run(backend=backend)
+    check(out, call)
+    assert_same(run(backend=backend), out, "again")
+
+
+@pytest.mark.parametrize("expert", [0, 3, 7])
+def test_all_tokens_to_one_expert(expert, dtype, backend, device):
+    call = make_call(19, 48, 160, 8, 1, dtype=dtype, device=device)
+    call["expert_ids"].fill_(expert)
+    for name in ("w13", "w2"):  # experts that nobody chose are not read
+        call[name][torch.arange(8, device=device) != expert] = torch.nan
+    check(ops.expert_mlp(**call, backend=backend), call)
+
+
+def test_a_repeated_expert_counts_in_each_slot(backend, device):
+    call = make_call(5, 16, 24, 4, 2, device=device)
+    call["expert_ids"][:, 1] = call["expert_ids"][:, 0]
+    check(ops.expert_mlp(**call, backend=backend), call)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_skipped_slots(batch_invariant, dtype, backend, device):
+    call = make_call(9, 80, 160, 4, 2, dtype=dtype, device=device)
+    for token, slot, no_expert in (
+        (0, 0, -1),
+        (3, 1, 4),
+        (5, 0, 99),
+        (5, 1, -7),
+        (8, 1, 2**31 - 1),
+    ):
+        call["expert_ids"][token, slot] = no_expert
+        call["weights"][token, slot] = torch.nan
+    out = ops.expert_mlp(**call, batch_invariant=batch_invariant, backend=backend)
+    check(out, call)
+    assert (out[5] == 0).all(), "both slots are skipped"
+    call["expert_ids"].fill_(-1)
+    assert (ops.expert_mlp(**call, backend=backend) == 0).all()
+
+
+def test_nan_rows_stay_alone(backend, device):
+    call = make_call(6, 16, 24, 4, 2, device=device)
+    out = ops.expert_mlp(**call, batch_invariant=True, backend=backend)
+    call["x"][2], call["weights"][4, 1] = torch.nan, torch.nan
+    poisoned = ops.expert_mlp(**call, batch_invariant=True, backend=backend)
+    assert poisoned[[2, 4]].isnan().all()
+    clean = [0, 1, 3, 5]
+    assert_same(poisoned[clean], out[clean], "rows beside a NaN")
+
+
+def test_smallest_sizes(backend, device):
+    call = make_call(3, 1, 1, 2, 2, device=device)
+    check(ops.expert_mlp(**call, backend=backend), call)
+
+
+def test_equal_experts_are_one_dense_network(backend, device):
+    call = make_call(11, 16, 24, 4, 2, device=device)
+    call["w13"][1:], call["w2"][1:] = call["w13"][0], call["w2"][0]
+    check(ops.expert_mlp(**call, backend=backend), call)
+    dense = {**call, "weights": torch.ones(11, 1, device=device)}
+    dense["expert_ids"] = torch.zeros(11, 1, dtype=torch.int32, device=device)
+    check(ops.expert_mlp(**call, backend=backend), {**dense, "w13": call["w13"][:1]})
+
+
+@pytest.mark.parametrize("rows", [[4], [0, 1], [7, 3, 11], list(range(5, 29))], ids=len)
+def test_batch_invariant_rows_do_not_depend_on_their_neighbours(rows, dtype, backend, device):
+    call = make_call(40, 32, 48, 4, 2, dtype=dtype, device=device)
+    batch = ops.expert_mlp(**call, batch_invariant=True, backend=backend)
+    fewer = {**call, **{name: call[name][rows] for name in ("x", "weights", "expert_ids")}}
+    assert_same(ops.expert_mlp(**fewer, batch_invariant=True, backend=backend), batch[rows], "rows")
+
+
+def test_slots_are_summed_in_order(backend, device):
+    # 1e8 + 1 - 1e8 is 0 in fp32 in slot order, 1 in any order that adds 1 last.
+    call = make_call(1, 1, 1, 3, 3, device=device)
+    call["x"].fill_(1.0)
+    call["w13"].fill_(1.0)
+    inner = float(torch.nn.functional.silu(torch.ones(())))
+    call["w2"].copy_(torch.tensor([1e8, 1.0, -1e8]).view(3, 1, 1) / inner)
+    call["weights"].fill_(1.0)
+    for ids, expected in (((0, 1, 2), 0.0), ((0, 2, 1), 1.0), ((1, 0, 2), 0.0)):
+        call["expert_ids"].copy_(torch.tensor([ids]))
+        out = ops.expert_mlp(**call, backend=backend)
+        assert out.item() == pytest.approx(expected, abs=1e-6), f"slots {ids}"
+
+
+def test_strided_operands(backend, device):
+    call = make_call(6, 16, 24, 4, 2, device=device)
+    expected = ops.expert_mlp(**call, backend=backend)
+    strided = {name: shapes.laid_out(value, "padded") for name, value in call.items()}
+    strided["w13"] = shapes.laid_out(call["w13"], "permuted")
+    assert_same(ops.expert_mlp(**strided, backend=backend), expected, "strided")
+
+
+def plain(x, w13, w2, weights, expert_ids):
+    """Differentiable: every expert on every token, weighted by a one-hot of its slots."""
+    gate, up = torch.einsum("th,efh->tef", x, w13).chunk(2, -1)
+    down = torch.einsum("tef,ehf->teh", torch.nn.functional.silu(gate) * up, w2)
+    chosen = expert_ids[..., None] == torch.arange(len(w13), device=x.device)
+    share = torch.where(chosen, weights[..., None], 0.0).sum(1)
+    return torch.einsum("te,teh->th", share, down)
+
+
+def gradient_case(sizes, device="cpu"):
+    call = make_call(*sizes, device=device)
+    expert_ids = call.pop("expert_ids")
+    expert_ids[0, 1], expert_ids[-1, 0] = -1, sizes[3]
+    return call, expert_ids
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_gradients_on_the_reference(batch_invariant):
+    inputs, expert_ids = gradient_case((4, 3, 2, 3, 2))
+    how = {"expert_ids": expert_ids, "batch_invariant": batch_invariant, "backend": "reference"}
+    ours = functools.partial(ops.expert_mlp, **how)
+    gradients.check(ours, functools.partial(plain, expert_ids=expert_ids), inputs)
+
+
+def test_gradients(backend, device):
+    inputs, expert_ids = gradient_case((13, 16, 24, 4, 2), device)
+    ours = functools.partial(ops.expert_mlp, expert_ids=expert_ids, backend=backend)
+    gradients.check_float32(ours, functools.partial(plain, expert_ids=expert_ids), inputs)
+    gradients.check_compiled(ours, inputs)
+
+
+@pytest.mark.parametrize("layout", shapes.LAYOUTS)
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_registration(tokens, layout, backend, device):
+    op = torch.ops.mistral_kernels.expert_mlp.default
+    call = make_call(tokens, 16, 24, 4, 2, device=device)
+    tensors = [shapes.laid_out(value, layout).detach() for value in call.values()]
+    tensors = [t.requires_grad_() if t.is_floating_point() else t for t in tensors]
+    for batch_invariant in (False, True):
+        torch.library.opcheck(op, (*tensors, batch_invariant, backend))
+
+
+VALID = {**make_call(3, 8, 6, 4, 2), "batch_invariant": False}
+REFUSED = [
+    *refusal.cases(VALID),
+    refusal.Case("x", torch.ones(3, 7), "7", "8"),
+    refusal.Case("w13", torch.ones(4, 11, 8), "12", "(4, 11, 8)"),
+    refusal.Case("w13", torch.ones(3, 12, 8), "experts=4", "(3, 12, 8)"),
+    refusal.Case("w13", VALID["w13"].half(), "torch.float32", "torch.float16"),
+    refusal.Case("w2", torch.ones(4, 7, 6), "hidden=8", "(4, 7, 6)"),
+    refusal.Case("w2", VALID["w2"].half(), "torch.float32", "torch.float16"),
+    refusal.Case("weights", torch.ones(4, 2), "tokens=3", "(4, 2)"),
+    refusal.Case("weights", torch.ones(3, 2).half(), "torch.float32", "torch.float16"),
+    refusal.Case("expert_ids", torch.ones(3, 1, dtype=torch.int32), "top_k=2", "(3, 1)"),
+]
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=refusal.case_id)
+def test_refuses(case):
+    refusal.check(ops.expert_mlp, VALID, case)
+
+
+def test_refuses_no_slots():
+    nothing = {**VALID, "expert_ids": VALID["expert_ids"][:, :0]}
+    case = refusal.Case("weights", VALID["weights"][:, :0], "1", "0")
+    refusal.check(ops.expert_mlp, nothing, case)
