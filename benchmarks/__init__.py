@@ -1,0 +1,1 @@
+"""Benchmarks of the ops, and what the compilers make of the kernels."""

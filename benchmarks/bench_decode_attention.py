@@ -1,0 +1,49 @@
+"""decode_attention: bound by reading the window's keys and values. Full rings, one page each.
+
+The peer writes the new key and attends the ring in slot order by torch's sdpa, which for one query
+gives the same result. Neither rotates.
+"""
+
+import torch
+from torch.nn import functional
+
+from benchmarks.timing import DTYPES, Work, grid, measure
+from mistral_kernels import ops
+
+# (batch, q_heads, kv_heads, head_dim, window)
+SHAPES = {
+    "cpu": {"small-1-w512": (1, 16, 4, 64, 512), "small-8-w512": (8, 16, 4, 64, 512)},
+    "cuda": {
+        "7b-1-w4096": (1, 32, 8, 128, 4096),
+        "7b-8-w4096": (8, 32, 8, 128, 4096),
+        "7b-32-w4096": (32, 32, 8, 128, 4096),
+    },
+}
+
+
+@grid("decode_attention", SHAPES)
+def test_decode_attention(benchmark, device, backend, shape):
+    batch, q_heads, kv_heads, head_dim, window = shape
+    dtype = DTYPES[device]
+    rows = torch.arange(batch, device=device)
+    table = rows.int()[:, None]
+    positions = (3 * window + 7 + rows).int()
+    slots = (positions % window).long()
+
+    def inputs():
+        qkv = torch.randn(batch, q_heads + 2 * kv_heads, head_dim, dtype=dtype, device=device)
+        # Head-major within a page, as the model's allocator lays a cache out.
+        kv = torch.randn(2, batch, kv_heads, window, head_dim, dtype=dtype, device=device)
+        return *qkv.split((q_heads, kv_heads, kv_heads), 1), *kv.transpose(2, 3)
+
+    def run(q, k, v, k_cache, v_cache):
+        if backend != "torch":
+            where = (k_cache, v_cache, table, positions)
+            return ops.decode_attention(q, k, v, *where, window=window, backend=backend)
+        k_cache[rows, slots], v_cache[rows, slots] = k, v
+        parts = q[:, :, None], k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+        return functional.scaled_dot_product_attention(*parts, enable_gqa=True)
+
+    seen = batch * window * head_dim
+    moved = 2 * seen * kv_heads * dtype.itemsize
+    measure(benchmark, run, inputs, Work(bytes=moved, flops=4 * seen * q_heads))

@@ -1,0 +1,42 @@
+"""store_kv_: bound by memory. One token a sequence and a prefill chunk, into rings of a window."""
+
+import torch
+
+from benchmarks.timing import DTYPES, Work, grid, measure
+from mistral_kernels import ops
+
+# (batch, tokens a sequence, kv_heads, head_dim, window)
+SHAPES = {
+    "cpu": {"small-decode-8": (8, 1, 4, 64, 512), "small-chunk-512": (1, 512, 4, 64, 512)},
+    "cuda": {"7b-decode-32": (32, 1, 8, 128, 4096), "7b-chunk-4096": (1, 4096, 8, 128, 4096)},
+}
+PAGE_SIZE = 16
+
+
+@grid("store_kv_", SHAPES)
+def test_store_kv(benchmark, device, backend, shape):
+    batch, chunk, kv_heads, head_dim, window = shape
+    dtype, pages = DTYPES[device], window // PAGE_SIZE
+
+    def inputs():
+        kv = torch.randn(2, batch * chunk, kv_heads, head_dim, dtype=dtype, device=device)
+        caches = torch.zeros(
+            2, batch * pages, PAGE_SIZE, kv_heads, head_dim, dtype=dtype, device=device
+        )
+        table = torch.randperm(batch * pages, device=device).int().view(batch, pages)
+        cu_seqlens = torch.arange(0, batch + 1, device=device, dtype=torch.int32) * chunk
+        context_lens = torch.full((batch,), 3 * window + 5, dtype=torch.int32, device=device)
+        return *kv, *caches, table, cu_seqlens, context_lens
+
+    def run(k, v, k_cache, v_cache, table, cu_seqlens, context_lens):
+        if backend != "torch":
+            where = (table, cu_seqlens, context_lens)
+            return ops.store_kv_(k, v, k_cache, v_cache, *where, backend=backend)
+        positions = context_lens[:, None] + torch.arange(chunk, device=device)
+        slots = positions % window
+        page = table.gather(1, slots // PAGE_SIZE).flatten().long()
+        k_cache[page, (slots % PAGE_SIZE).flatten()] = k
+        v_cache[page, (slots % PAGE_SIZE).flatten()] = v
+
+    moved = 4 * batch * chunk * kv_heads * head_dim * dtype.itemsize  # k and v, read and written
+    measure(benchmark, run, inputs, Work(bytes=moved, flops=0))
