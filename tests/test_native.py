@@ -1,0 +1,147 @@
+"""mistral_kernels._C itself: it loads anywhere, shares torch's threads, and repeats its bits."""
+
+import re
+import subprocess
+import sys
+
+import oracle
+import peer
+import pytest
+import torch
+from tolerance import assert_close, assert_same
+
+from mistral_kernels import _C
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPS = 1e-5
+
+
+HAS_CUDA = hasattr(_C, "rms_norm_cuda")
+needs_cuda_code = pytest.mark.skipif(not HAS_CUDA, reason="_C was built without CUDA: no nvcc")
+
+
+def rms_norm_cpu(x, weight, residual=None):
+    """(normed, summed) by the C++ launcher on 2-D tensors."""
+    normed, summed = x.new_full(x.shape, torch.nan), x.new_full(x.shape, torch.nan)
+    _C.rms_norm_cpu(
+        x.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        weight.data_ptr(),
+        normed.data_ptr(),
+        0 if residual is None else summed.data_ptr(),
+        *x.shape,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        EPS,
+        DTYPES.index(x.dtype),
+    )
+    return normed, summed
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_it_loads_where_no_gpu_is_visible(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    result = run("import torch; from mistral_kernels import _C; print(_C.build_info())")
+    assert result.returncode == 0, result.stderr
+    assert "compiler" in result.stdout
+
+
+def test_without_torch_the_missing_openmp_runtime_is_named():
+    # The package imports torch; without it nothing in the process has OpenMP.
+    code = f"import importlib.machinery as m; m.ExtensionFileLoader('_C', {_C.__file__!r})"
+    result = run(f"{code}.create_module(m.ModuleSpec('_C', None, origin={_C.__file__!r}))")
+    assert result.returncode != 0
+    assert re.search("undefined symbol: (GOMP|omp)_", result.stderr)
+
+
+def test_one_openmp_runtime_serves_torch_and_the_core():
+    code = """
+import torch
+from mistral_kernels import _C
+x = torch.randn(64, 512)
+weight, out = torch.ones(512), torch.empty(64, 512)
+_C.rms_norm_cpu(x.data_ptr(), 0, weight.data_ptr(), out.data_ptr(), 0, 64, 512, 512, 0, 1e-5, 0)
+torch.mm(x, x.T)
+maps = open("/proc/self/maps").read().split()
+print(*sorted({path for path in maps if "libgomp" in path or "libomp" in path}), sep="\\n")
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.split()) == 1, result.stdout
+
+
+def test_build_info_says_what_was_built():
+    info = _C.build_info()
+    assert set(info) == {"compiler", "pybind11", "cuda", "cuda_archs"}
+    assert re.search(r"\d+\.\d+", info["compiler"])
+    assert re.fullmatch(r"\d+\.\d+\..+", info["pybind11"])
+    assert (info["cuda"] is None) == (info["cuda_archs"] is None) == (not HAS_CUDA)
+
+
+@needs_cuda_code
+def test_cuda_versions_need_no_driver():
+    driver, runtime = _C.cuda_versions()
+    major, minor = map(int, _C.build_info()["cuda"].split("."))
+    assert runtime == 1000 * major + 10 * minor
+    assert driver >= 0
+
+
+@needs_cuda_code
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_cuda_launch_without_a_gpu_names_the_op():
+    x = torch.ones(1, 8)
+    with pytest.raises(RuntimeError, match="rms_norm: CUDA error: cudaError"):
+        address = x.data_ptr()
+        _C.rms_norm_cuda(address, 0, address, address, 0, 1, 8, 8, 0, EPS, 0, 0, 0)
+
+
+@pytest.fixture
+def threads():
+    """Restores torch's number of threads after a test that sets it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(dtype, threads):
+    x, residual = (torch.randn(37, 1000).to(dtype) for _ in range(2))
+    weight = torch.randn(1000).to(dtype)
+    threads(1)
+    expected = rms_norm_cpu(x, weight, residual)
+    for count in (2, 3):
+        threads(count)
+        for got, want in zip(rms_norm_cpu(x, weight, residual), expected, strict=True):
+            assert_same(got, want, f"{count} threads")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [1, 7, 64, 1000])
+def test_strided_rows(hidden, dtype):
+    wide = torch.randn(5, 3 * hidden).to(dtype)
+    x, residual = wide[:, hidden : 2 * hidden], wide[:, 2 * hidden :]
+    weight = torch.randn(hidden).to(dtype)
+    normed, summed = rms_norm_cpu(x, weight, residual)
+    assert_same(summed, x + residual, "summed")
+    exact = torch.from_numpy(oracle.rms_norm(oracle.f64(summed), oracle.f64(weight), EPS))
+    assert_close(normed, peer.rms_norm(summed, weight, EPS), exact.view(x.shape), "normed")
+    assert_same(rms_norm_cpu(x, weight)[0], rms_norm_cpu(x.contiguous(), weight)[0], "plain")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_every_value_is_converted_as_torch_does(dtype):
+    # One element a row: summed = round(x + 0), for all 65536 bit patterns.
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[:, None]
+    zero = torch.zeros_like(x)
+    _, summed = rms_norm_cpu(x, zero[0], zero)
+    assert torch.equal(summed.isnan(), x.isnan())
+    finite = ~x.isnan()
+    assert_same(summed[finite], (x + zero)[finite], "converted there and back")
+    # Halfway cases: the sum of neighbours in magnitude rounds to even.
+    step = torch.roll(x, 1)
+    _, summed = rms_norm_cpu(x, zero[0], step)
+    finite = ~(x + step).isnan()
+    assert_same(summed[finite], (x + step)[finite], "rounded")
