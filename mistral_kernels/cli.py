@@ -8,9 +8,10 @@ Everything heavy is imported inside the commands, so that --help and --version a
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 import time
-from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -22,11 +23,10 @@ if TYPE_CHECKING:
 
     from mistral_kernels import Transformer
     from mistral_kernels.model.tokenizer import Tokenizer
-    from mistral_kernels.verify import Report
+
+logger = logging.getLogger("mistral_kernels")
 
 TINY_MIXTRAL = Path(__file__).parent / "tiny_mixtral"
-# Columns that a table may take where no terminal limits it; a narrower table takes fewer.
-PIPE_WIDTH = 200
 
 # No rich markup: it would take the brackets of "[default: ...]" for tags.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -64,9 +64,16 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         status = app(arguments or ["--help"], prog_name="mistral-kernels", standalone_mode=False)
+        sys.stdout.flush()
     except usage_error as error:
         _fail(error.format_message())
-    except (ValueError, TypeError, OSError) as error:
+    except BrokenPipeError:
+        # Nobody reads on. Without this, Python's own flush at exit would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    # RuntimeError: no memory left on the device, or logits that are not finite.
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        logger.debug("the command failed", exc_info=error)
         _fail(str(error))
     sys.exit(status)
 
@@ -110,7 +117,7 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option(help="File to read it from [default: stdin].")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Stop after this many new tokens.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from this much probability.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens.")] = None,
@@ -162,6 +169,8 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         raise ValueError("--prompt and --prompt-file exclude each other")
     if prompt is None:
         name = str(prompt_file or "stdin")
+        if not prompt_file and sys.stdin.isatty():
+            print("Type the prompt; Ctrl-D on an empty line ends it.", file=sys.stderr)
         data = prompt_file.read_bytes() if prompt_file else sys.stdin.buffer.read()
         try:
             prompt = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
@@ -267,26 +276,13 @@ def _print_rates(result: dict[str, Any]) -> None:
 def info(as_json: JsonOption = False) -> None:
     """Tell versions, what was built, GPUs, and which backend serves each op."""
     from mistral_kernels.info import collect
+    from mistral_kernels.tables import print_info
 
     facts = collect()
     if as_json:
         print(json.dumps(facts))
-        return
-    machine = {f"{name} version": value for name, value in facts["versions"].items()}
-    machine |= {f"built with {name}": value for name, value in (facts["built"] or {}).items()}
-    machine |= {f"CUDA {name}": value for name, value in facts["cuda"].items()}
-    for index, gpu in enumerate(facts["gpus"]):
-        memory_gib = gpu["memory_bytes"] / 2**30
-        machine[f"GPU {index}"] = f"{gpu['name']}, {gpu['arch']}, {memory_gib:.0f} GiB"
-    _print_table(["machine", ""], machine.items())
-    _print_table(
-        ["backend", ""], ((name, why or "available") for name, why in facts["backends"].items())
-    )
-    devices = list(facts["ops"].values())[0]
-    _print_table(
-        ["op", *(f"on {device}" for device in devices)],
-        ([op, *served.values()] for op, served in facts["ops"].items()),
-    )
+    else:
+        print_info(facts)
 
 
 @app.command()
@@ -300,6 +296,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check each backend's logits of one prompt against float64; status 1 if one misses."""
+    from mistral_kernels.tables import print_report
     from mistral_kernels.verify import verify
 
     report = verify(
@@ -311,46 +308,8 @@ def verify(
     if as_json:
         print(json.dumps(report.as_dict()))
     else:
-        _print_report(report)
+        print_report(report)
     raise typer.Exit(0 if report.passed else 1)
-
-
-def _print_report(report: Report) -> None:
-    tokens = " and ".join(map(str, report.tokens))
-    window = report.wrapped_window
-    rings = f"the ring of window {window} wraps" if window else "no ring wraps"
-    print(f"{report.folder}, {report.dtype} on {report.device}")
-    print(f"{tokens} tokens in {report.steps} steps; {rings}")
-    columns = ["backend", "largest error", "limit", "mean error", "limit", "diverges at", "result"]
-    verdicts = []
-    for row in report.rows:
-        errors = [None] * 4
-        if row.error is not None:
-            pairs = zip(row.error, row.limit, strict=True)
-            errors = [f"{number:.1e}" for pair in pairs for number in pair]
-        result = f"{row.result}: {row.reason}" if row.reason else row.result
-        verdicts.append([row.backend, *errors, row.first_layer, result])
-    _print_table(columns, verdicts)
-    served = {row.backend: row.ops for row in report.rows if row.ops}
-    ops = next(iter(served.values()))
-    _print_table(
-        ["op", *(f"with {backend}" for backend in served)],
-        ([op, *(by_op[op] for by_op in served.values())] for op in ops),
-    )
-
-
-def _print_table(columns: list[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print cells as text, with "-" for None."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*("-" if cell is None else str(cell) for cell in row))
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = PIPE_WIDTH
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def verify(
         raise ValueError(f"verify: backend must be one of {dispatch.BACKENDS}, got {backend!r}")
     if dtype not in DTYPES:
         raise ValueError(f"verify: dtype must be one of {DTYPES}, got {dtype}")
-    model = Transformer.from_folder(folder, device=device, dtype=dtype, max_batch_size=2)
+    model = Transformer.from_folder(folder, device=device, dtype=dtype)
     steps, wrapped_window = plan_steps(model.config.windows)
     generator = torch.Generator().manual_seed(0)
     prompts = [

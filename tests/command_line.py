@@ -18,9 +18,16 @@ class Ended(NamedTuple):
     err: str
 
 
-def run_cli(*arguments: object) -> Ended:
-    """Run the command line with these arguments, each made a string."""
-    out, err = io.StringIO(), io.StringIO()
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def run_cli(*arguments: object, terminal: bool = False) -> Ended:
+    """Run the command line with these arguments, each made a string; `terminal`: stderr is one."""
+    out, err = io.StringIO(), Terminal() if terminal else io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         with pytest.raises(SystemExit) as ended:
             main([str(argument) for argument in arguments])

@@ -25,6 +25,15 @@ def test_greedy_writes_one_definition_and_stops(stream):
     assert "prompt: " in err and "decode: " in err and err.count("tokens/s") == 2
 
 
+@pytest.mark.parametrize("stream, shown", [("--stream", False), ("--no-stream", True)])
+def test_progress_shows_on_a_terminal_that_shows_no_text(stream, shown):
+    command = ["generate", "--prompt", PROMPT, stream, "--device", "cpu"]
+    on_terminal, elsewhere = run_cli(*command, terminal=True), run_cli(*command)
+    assert on_terminal.out == elsewhere.out
+    assert ("%" in on_terminal.err) == shown
+    assert "%" not in elsewhere.err
+
+
 def test_prompt_comes_from_option_file_or_stdin(tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_text(f"{PROMPT}\n", encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{PROMPT}\r\n".encode())))

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import mistral_common
 import pytest
+import torch
 from command_line import assert_refused, run_cli
+from safetensors.torch import load_file, save_file
 
 import mistral_kernels
 from mistral_kernels.cli import TINY_MIXTRAL
@@ -43,7 +45,7 @@ def folder(tmp_path) -> Path:
         (["generate", "--prompt", "a", "--backend", "magic"], ["backend", "magic", "reference"]),
         (["generate", "--prompt", "a", "--layout", "odd"], ["--layout", "odd", "native"]),
         (["generate", "--prompt", "a", "--layout", "huggingface"], ["config.json"]),
-        (["generate", "--prompt", "a", "--max-tokens", "-1"], ["max_tokens", "-1"]),
+        (["generate", "--prompt", "a", "--max-tokens", "0"], ["--max-tokens", "1"]),
         (["generate", "--prompt", "a", "--max-tokens", "many"], ["--max-tokens"]),
         (["generate", "--prompt", "a", "--temperature", "nan"], ["temperature", "nan"]),
         (["generate", "--prompt", "a", "--temperature", "-1"], ["temperature", "-1"]),
@@ -88,6 +90,13 @@ def test_truncated_checkpoint(folder):
     with (folder / "consolidated.safetensors").open("r+b") as file:
         file.truncate(1_000_000)
     assert_refused(run_cli("generate", folder, "--prompt", "a"), "consolidated.safetensors")
+
+
+def test_weights_that_are_not_finite(folder):
+    weights = load_file(folder / "consolidated.safetensors")
+    weights["norm.weight"].fill_(torch.nan)
+    save_file(weights, folder / "consolidated.safetensors")
+    assert_refused(run_cli("generate", folder, "--prompt", "a"), "not finite")
 
 
 def test_config_that_is_no_json(folder):
