@@ -40,12 +40,18 @@ def find_nvcc() -> str | None:
     return shutil.which("/usr/local/cuda/bin/nvcc") or shutil.which("nvcc")
 
 
+def first_error(lines: list[str]) -> str:
+    """The line to show of what a compiler said."""
+    errors = [line for line in lines if re.search(r"\b(error|fatal)\b", line, re.I)]
+    return (errors or lines or ["it said nothing"])[0]
+
+
 def check_nvcc(nvcc: str) -> None:
     """Raises CompileError for an nvcc that does not run or is too old."""
     run = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
     release = re.search(r"release (\d+)\.(\d+)", run.stdout)
     if run.returncode or not release:
-        said = (run.stderr + run.stdout).strip().partition("\n")[0]
+        said = first_error((run.stderr + run.stdout).splitlines())
         raise CompileError(f"{nvcc} --version failed: {said}\n{WAY_OUT}")
     if tuple(map(int, release.groups())) < OLDEST_CUDA:
         raise CompileError(f"{nvcc} is {release[0]}, older than 12.4.\n{WAY_OUT}")
@@ -85,7 +91,15 @@ class NinjaBuild(build_ext):
     def write_rules(self, ninja: Writer, target: Path, cxx: list, nvcc: str | None, archs: str):
         # Only torch's OpenMP runtime may be in the process, so libgomp is not linked: its symbols
         # resolve to the one that torch has loaded.
-        flags = ["-O3", "-std=c++17", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden", "-fopenmp"]
+        flags = [
+            "-O3",
+            "-std=c++17",
+            "-Wall",
+            "-Wextra",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-fopenmp",
+        ]
         # Nobody reads floating-point exceptions or errno; keeping them would block SIMD code.
         flags += ["-fno-trapping-math", "-fno-math-errno"]
         includes = ["-Icsrc", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
@@ -136,9 +150,8 @@ class NinjaBuild(build_ext):
         print(run.stdout, flush=True)
         if run.returncode:
             # After ninja's FAILED line and the command come the compiler's own words.
-            said = run.stdout.partition("FAILED: ")[2].splitlines()[2:] or [run.stdout]
-            errors = [line for line in said if re.search(r"\b(error|fatal)\b", line, re.I)]
-            raise CompileError(f"the compiler failed: {(errors or said)[0]}\n{WAY_OUT}")
+            said = run.stdout.partition("FAILED: ")[2].splitlines()[2:]
+            raise CompileError(f"the compiler failed: {first_error(said)}\n{WAY_OUT}")
 
 
 compiled = find_cxx() is not None
