@@ -143,15 +143,16 @@ def generate(
         raise ValueError("--stream and --json exclude each other")
     text = _read_prompt(prompt, prompt_file)
 
-    from mistral_kernels import Transformer
+    from mistral_kernels import ModelConfig, Transformer
     from mistral_kernels.model.tokenizer import Tokenizer
 
     folder = folder or TINY_MIXTRAL
+    config = ModelConfig.from_folder(folder, layout)
     tokenizer = Tokenizer.from_folder(folder)
+    tokenizer.check_fits(config)  # before the weights, which may take minutes to read
     model = Transformer.from_folder(
         folder, device=_device(device), dtype=_dtype(dtype), backend=backend, layout=layout
     )
-    tokenizer.check_fits(model.config)
     if lora is not None:
         model.load_lora(lora, scaling=lora_scaling)
     sampling = Sampling(max_tokens, temperature, top_p, top_k, seed, chunk_size)
@@ -164,21 +165,27 @@ def generate(
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    """The prompt given, or the text of the file or stdin without its last line's newline."""
+    """The prompt given, or the text of the file or stdin without the newline at its end."""
     if prompt is not None and prompt_file is not None:
         raise ValueError("--prompt and --prompt-file exclude each other")
-    if prompt is None:
-        name = str(prompt_file or "stdin")
-        if not prompt_file and sys.stdin.isatty():
+    if prompt is not None:
+        source, data = "--prompt", os.fsencode(prompt)  # the bytes that the shell passed
+    elif prompt_file is not None:
+        source, data = str(prompt_file), _without_newline(prompt_file.read_bytes())
+    else:
+        if sys.stdin.isatty():
             print("Type the prompt; Ctrl-D on an empty line ends it.", file=sys.stderr)
-        data = prompt_file.read_bytes() if prompt_file else sys.stdin.buffer.read()
-        try:
-            prompt = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name}: the prompt is not UTF-8: {error}") from error
-    if not prompt:
-        raise ValueError("the prompt is empty: give --prompt, --prompt-file or text on stdin")
-    return prompt
+        source, data = "stdin", _without_newline(sys.stdin.buffer.read())
+    if not data:
+        raise ValueError(f"{source}: the prompt is empty")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: the prompt is not UTF-8: {error}") from error
+
+
+def _without_newline(data: bytes) -> bytes:
+    return data.removesuffix(b"\n").removesuffix(b"\r")
 
 
 def _device(name: str | None) -> torch.device | None:

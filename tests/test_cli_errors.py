@@ -33,11 +33,12 @@ def folder(tmp_path) -> Path:
     [
         (["nonsense"], ["nonsense"]),
         (["generate", "--nonsense"], ["--nonsense"]),
-        (["generate", "--prompt", ""], ["prompt is empty"]),
+        (["generate", "--prompt", ""], ["--prompt", "prompt is empty"]),
+        (["generate", "--prompt", "caf\udce9"], ["--prompt", "UTF-8"]),
         (["generate", "--prompt", "a", "--prompt-file", "b"], ["--prompt", "exclude"]),
         (["generate", "--prompt-file", "/nowhere/b"], ["/nowhere/b"]),
         (["generate", "--prompt", "a", "--json", "--stream"], ["--json", "--stream", "exclude"]),
-        (["generate", "/nowhere", "--prompt", "a"], ["/nowhere"]),
+        (["generate", "/nowhere", "--prompt", "a"], ["/nowhere: no such folder"]),
         (["generate", "--prompt", "a", "--dtype", "int8"], ["--dtype", "int8", "float32"]),
         (["generate", "--prompt", "a", "--device", "abacus"], ["--device", "abacus", "cuda"]),
         (["generate", "--prompt", "a", "--device", "meta"], ["--device", "meta", "cuda"]),
@@ -68,7 +69,7 @@ def test_prompts_that_are_no_text(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n")))
     assert_refused(run_cli("generate"), "stdin", "UTF-8")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
-    assert_refused(run_cli("generate"), "prompt is empty")
+    assert_refused(run_cli("generate"), "stdin", "prompt is empty")
     assert_refused(run_cli("generate", "--prompt-file", tmp_path), str(tmp_path))
 
 
