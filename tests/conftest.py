@@ -7,6 +7,7 @@ cells run on the CPU; those tests are marked `interpreter`. A test that takes `d
 dtype served.
 """
 
+import os
 from itertools import product
 from typing import NamedTuple
 
@@ -14,6 +15,11 @@ import pytest
 import torch
 
 from mistral_kernels.ops import dispatch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import round_bf16_to_nearest
+
+    round_bf16_to_nearest()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tolerance import assert_close, assert_same
 from torch import Tensor
+from whole_graph import whole_graph
 
 
 def gradients(
@@ -50,7 +51,7 @@ def check_float32(
 
 def check_compiled(function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> None:
     """Assert that one whole graph of torch.compile gives eager's output and gradients, bitwise."""
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled = whole_graph(function)
     assert_same(compiled(**inputs), function(**inputs), "compiled output")
     eager = gradients(function, inputs, torch.float32)
     for name, got, want in zip(

@@ -1,7 +1,7 @@
 """rms_norm's Triton kernel in Triton's interpreter, on rows around the edges of its tiles.
 
-Run with TRITON_INTERPRET=1 set before the process starts: `TRITON_INTERPRET=1 pytest -m interpreter`.
-`test_rms_norm.py` runs the same backend there on the shapes that every backend gets.
+Run with TRITON_INTERPRET=1 set before the process starts: `TRITON_INTERPRET=1 pytest -m
+interpreter`. `test_rms_norm.py` runs the same backend there on the shapes that every backend gets.
 """
 
 import os
