@@ -9,8 +9,9 @@ from triton.runtime import interpreter
 def round_bf16_to_nearest() -> None:
     """Make float32 -> bf16 round to nearest even in the interpreter of this process.
 
-    The interpreter cuts the lower bits off, where compiled Triton and the hardware round; with that,
-    a right kernel has twice the error of torch, and no tolerance could tell it from a wrong one.
+    The interpreter cuts the lower bits off, where compiled Triton and the hardware round; with
+    that, a right kernel has twice the error of torch, and no tolerance could tell it from a wrong
+    one.
     """
     cut = interpreter._convert_float
 

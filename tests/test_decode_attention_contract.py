@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import refusal
+import registration
 import ring
 import shapes
 import torch
@@ -48,20 +49,18 @@ def valid_call(quantised: bool = False, device: str = "cpu", layout: str = "head
 @pytest.mark.parametrize("layout", shapes.LAYOUTS)
 @pytest.mark.parametrize("quantised", [False, True], ids=["float", "int8"])
 def test_registration(quantised, layout, page_layout, backend, device):
-    op = torch.ops.mistral_kernels.decode_attention.default
     call = dict.fromkeys(SCHEMA) | valid_call(quantised, device, page_layout)
     call |= {name: shapes.laid_out(call[name], layout) for name in "qkv"}
-    torch.library.opcheck(op, (*(call[name] for name in SCHEMA), backend))
+    registration.check("decode_attention", *(call[name] for name in SCHEMA), backend)
 
 
 def test_registration_without_optional_arguments(backend, device):
-    op = torch.ops.mistral_kernels.decode_attention.default
     rotates = dict.fromkeys(("cos", "sin", "q_scale", "starts", "window", "workspace"))
     for absent in (rotates, {**rotates, "k": None, "v": None, "positions": None}):
         call = dict.fromkeys(SCHEMA) | valid_call(device=device) | absent
         if call["positions"] is None:  # the newest that is written already
             call["positions"] = torch.tensor((13, 2), dtype=torch.int32, device=device)
-        torch.library.opcheck(op, (*(call[name] for name in SCHEMA), backend))
+        registration.check("decode_attention", *(call[name] for name in SCHEMA), backend)
 
 
 def test_compiled(backend, device):

@@ -7,6 +7,7 @@ import oracle
 import peer
 import pytest
 import refusal
+import registration
 import shapes
 import torch
 from routed import make_call
@@ -170,12 +171,11 @@ def test_gradients(backend, device):
 @pytest.mark.parametrize("layout", shapes.LAYOUTS)
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_registration(tokens, layout, backend, device):
-    op = torch.ops.mistral_kernels.expert_mlp.default
     call = make_call(tokens, 16, 24, 4, 2, device=device)
     tensors = [shapes.laid_out(value, layout).detach() for value in call.values()]
     tensors = [t.requires_grad_() if t.is_floating_point() else t for t in tensors]
     for batch_invariant in (False, True):
-        torch.library.opcheck(op, (*tensors, batch_invariant, backend))
+        registration.check("expert_mlp", *tensors, batch_invariant, backend)
 
 
 VALID = {**make_call(3, 8, 6, 4, 2), "batch_invariant": False}

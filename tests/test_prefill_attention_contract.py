@@ -6,6 +6,7 @@ import gradients
 import peer
 import pytest
 import refusal
+import registration
 import shapes
 import torch
 from scene import make_scene
@@ -97,14 +98,13 @@ SCHEMA = (
 
 @pytest.mark.parametrize("layout", shapes.LAYOUTS)
 def test_registration(layout, backend, device):
-    op = torch.ops.mistral_kernels.prefill_attention.default
     defaults = dict.fromkeys(SCHEMA) | {"causal": True, "scale": 0.25, "batch_invariant": False}
     for cache_dtype in (None, torch.float32, torch.int8):
         call = defaults | valid_call(cache_dtype, device)
         for name in "qkv":
             call[name] = shapes.laid_out(call[name], layout).detach()
             call[name].requires_grad_(cache_dtype is None)
-        torch.library.opcheck(op, (*(call[name] for name in SCHEMA), backend))
+        registration.check("prefill_attention", *(call[name] for name in SCHEMA), backend)
 
 
 def test_registration_without_new_keys(backend, device):
@@ -112,8 +112,7 @@ def test_registration_without_new_keys(backend, device):
     call = dict.fromkeys(SCHEMA) | {"causal": True, "scale": 0.25, "batch_invariant": True} | call
     # All twelve keys have to be in the ring already.
     call["context_lens"] = torch.zeros_like(call["context_lens"])
-    op = torch.ops.mistral_kernels.prefill_attention.default
-    torch.library.opcheck(op, (*(call[name] for name in SCHEMA), backend))
+    registration.check("prefill_attention", *(call[name] for name in SCHEMA), backend)
 
 
 def test_compiled_with_a_cache(backend, device):

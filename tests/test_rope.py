@@ -7,6 +7,7 @@ import oracle
 import peer
 import pytest
 import refusal
+import registration
 import shapes
 import torch
 from scene import SMALL, rope_tables
@@ -138,11 +139,10 @@ def test_registration(layout, backend, device):
     call = valid_call(device=device)
     q, k = (shapes.laid_out(call[name], layout) for name in "qk")
     rest = [call[name] for name in ("cos", "sin", "positions", "interleaved", "q_scale")]
-    registered = torch.ops.mistral_kernels
-    torch.library.opcheck(registered.rope_.default, (q.clone(), k.clone(), *rest, backend))
+    registration.check("rope_", q.clone(), k.clone(), *rest, backend)
     q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
-    torch.library.opcheck(registered.rope.default, (q, k, *rest, backend))
-    torch.library.opcheck(registered.rope.default, (q, k, *rest[:-1], None, backend))
+    registration.check("rope", q, k, *rest, backend)
+    registration.check("rope", q, k, *rest[:-1], None, backend)
 
 
 def test_compiled_in_place(backend, device):
