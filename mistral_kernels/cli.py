@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from mistral_kernels.model import TINY_MIXTRAL
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     from mistral_kernels.model.tokenizer import Tokenizer
 
 logger = logging.getLogger("mistral_kernels")
-
-TINY_MIXTRAL = Path(__file__).parent / "tiny_mixtral"
 
 # No rich markup: it would take the brackets of "[default: ...]" for tags.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

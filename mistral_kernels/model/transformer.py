@@ -162,7 +162,7 @@ class Transformer(nn.Module):
     def new_cache(
         self, batch: int, max_tokens: int, *, lookahead: int = 0, page_size: int | None = None
     ) -> KVCache:
-        """An empty rolling cache for `batch` sequences of up to `max_tokens` tokens, see KVCache."""
+        """An empty rolling cache for `batch` sequences of up to `max_tokens` tokens: a KVCache."""
         cache = KVCache(
             self.config,
             batch,

@@ -44,8 +44,7 @@ class Arguments:
 
         `dims` are names, or a number for a fixed size; a leading "..." stands for any dimensions.
         """
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{self.op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+        self.is_tensor(name, value)
         if self.device is None:
             self.device = value.device
         if value.device != self.device:
@@ -72,6 +71,10 @@ class Arguments:
                 f"{self.op}: {name} must have a contiguous last dimension,"
                 f" got strides {value.stride()}"
             )
+
+    def is_tensor(self, name: str, value: Tensor) -> None:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{self.op}: {name} must be a torch.Tensor, got {type(value).__name__}")
 
     def _describe(self, dims: Sequence[str]) -> str:
         parts = [f"{dim}={self.sizes[dim]}" if dim in self.sizes else str(dim) for dim in dims]

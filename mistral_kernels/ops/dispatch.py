@@ -222,6 +222,13 @@ def define(
     return op
 
 
+def _no_gradient(op: str, argument: str) -> RuntimeError:
+    return RuntimeError(
+        f"{op}: {argument} requires grad, but this op has no backward for it; call it under"
+        " torch.no_grad() or pass a detached tensor"
+    )
+
+
 def _refuse_autograd(op, keyset, *inputs):
     """Kernels write through raw pointers, unseen by autograd: refuse rather than be wrong."""
     if torch.is_grad_enabled():
@@ -229,10 +236,7 @@ def _refuse_autograd(op, keyset, *inputs):
             # _backward ops take lists of tensors.
             tensors = value if isinstance(value, (list, tuple)) else (value,)
             if any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors):
-                raise RuntimeError(
-                    f"{op._schema.name.split('::')[1]}: {argument.name} requires grad, but this op"
-                    " has no backward; call it under torch.no_grad() or pass detached tensors"
-                )
+                raise _no_gradient(op._schema.name.split("::")[1], argument.name)
     with torch._C._AutoDispatchBelowAutograd():
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
@@ -253,7 +257,7 @@ def _define_backward(
         # The forward's backend is a preference here: a cell may lack its backward.
         chosen = prefer(backward_name, backend=backend, **_call_facts(inputs[0]))
         gradients = OPS[backward_name][chosen].run(grads, *inputs)
-        return [g.to(inputs[i].dtype) for g, i in zip(gradients, wanted, strict=True)]
+        return [g.to(inputs[i].dtype).contiguous() for g, i in zip(gradients, wanted, strict=True)]
 
     def fake(grads, *inputs):
         return [inputs[i].new_empty(inputs[i].shape) for i in wanted]
@@ -265,6 +269,9 @@ def _define_backward(
     _library.impl(backward_name, refuse, "Autograd", with_keyset=True)
 
     def setup_context(ctx, inputs, output):
+        for i, value in enumerate(inputs):
+            if isinstance(value, Tensor) and value.requires_grad and i not in wanted:
+                raise _no_gradient(name, names[i])
         outputs = output if isinstance(output, tuple) else (output,)
         ctx.floating = [tensor.is_floating_point() for tensor in outputs]
         ctx.tensors = [isinstance(value, Tensor) for value in inputs]

@@ -34,9 +34,13 @@ def attention_probabilities(
     """
     scores = torch.einsum("qhgd,khd->hgqk", q, k) * scale
     scores = scores.masked_fill(~visible, -torch.inf)
-    lse = torch.logsumexp(scores, -1)
-    # exp(-inf - -inf) is NaN, so masked weights are chosen, not computed.
-    return torch.where(visible, torch.exp(scores - lse[..., None]), 0.0), lse
+    largest = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(1)
+    # Where nothing is visible -inf - -inf would be NaN; subtracting 0 leaves exp(-inf) = 0.
+    largest = largest.masked_fill(largest == -torch.inf, 0)
+    weights = torch.exp(scores - largest)
+    total = weights.sum(-1, keepdim=True)
+    lse = (largest + total.log()).squeeze(-1)
+    return weights / total.masked_fill(total == 0, 1), lse
 
 
 def masked_attention(

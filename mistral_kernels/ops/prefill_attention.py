@@ -96,9 +96,7 @@ def prefill_attention_backward(
 ):  # fmt: skip
     """Gradients of the cache-less form: p recomputed, then the chain rule through the softmax."""
     if k_cache is not None:
-        raise RuntimeError(
-            "prefill_attention: it is differentiable only without k_cache; detach q, k and v"
-        )
+        raise RuntimeError("prefill_attention: it has no backward with k_cache; detach q, k and v")
     dtype = compute_dtype(q.dtype)
     d_q, d_k, d_v = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
     for b, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):

@@ -117,6 +117,7 @@ def check_cache(
                 f" got {'None' if scale is None else 'a tensor'}"
             )
         if scale is not None:
+            check.is_tensor(name, scale)
             size = 1 if scale.numel() == 1 else "kv_heads"
             check.tensor(name, scale, (size,), (torch.float32,))
 

@@ -16,13 +16,13 @@ from mistral_kernels.ops.dispatch import Cell, define, native_extension
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    value = x.to(compute_dtype(x.dtype))
+    value = x.to(compute_dtype(x.dtype)).contiguous()  # so that strides do not change the bits
     inverse = torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
     return (value * inverse * weight.to(value.dtype)).to(x.dtype)
 
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float):
-    summed = x + residual
+    summed = (x + residual).contiguous()
     return rms_norm_reference(summed, weight, eps), summed
 
 

@@ -36,7 +36,7 @@ def rope_reference(
         turned = a * cos - b * sin, b * cos + a * sin
         value = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
         value = value if scale is None else value * scale[rows][:, None, None]
-        return torch.where(idle, x, value.to(x.dtype))
+        return torch.where(idle, x, value.to(x.dtype)).contiguous()
 
     return rotate(q, q_scale), rotate(k)
 
@@ -94,12 +94,12 @@ def check_rope_tables(
     """Checks the rotary tables that rope and decode_attention share."""
     table_dtype = (compute_dtype(q.dtype),)
     check.tensor("cos", cos, ("max_positions", "head_dim / 2"), table_dtype)
-    check.tensor("sin", sin, ("max_positions", "head_dim / 2"), table_dtype)
     if 2 * cos.shape[1] != q.shape[-1]:
         raise ValueError(
-            f"{check.op}: cos must have head_dim / 2 = {q.shape[-1] / 2:g} columns,"
-            f" got {cos.shape[1]}"
+            f"{check.op}: cos must have a column for each pair of head_dim={q.shape[-1]},"
+            f" got {cos.shape[1]} columns (for head_dim={2 * cos.shape[1]})"
         )
+    check.tensor("sin", sin, ("max_positions", "head_dim / 2"), table_dtype)
     if q_scale is not None:
         check.tensor("q_scale", q_scale, ("max_positions",), table_dtype)
 

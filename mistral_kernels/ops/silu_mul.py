@@ -13,7 +13,8 @@ from mistral_kernels.ops.dispatch import define
 
 
 def silu_mul_reference(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.to(compute_dtype(gate_up.dtype)).chunk(2, -1)
+    # contiguous, so that strides do not change the bits
+    gate, up = gate_up.to(compute_dtype(gate_up.dtype)).contiguous().chunk(2, -1)
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
