@@ -1,4 +1,4 @@
-"""README says what is: its example runs, its links and commands exist, its table matches the ops."""
+"""README says what is: its example runs, links and commands exist, its table is the registry."""
 
 import re
 import subprocess

@@ -134,7 +134,11 @@ class Transformer(nn.Module):
     def set_backend(self, backend: str) -> None:
         """Prefers `backend` from now on; fills `backends` with what serves each of its ops."""
         config = self.config
-        facts = (("group", config.q_heads // config.kv_heads), ("head_dim", config.head_dim))
+        facts = (
+            ("group", config.q_heads // config.kv_heads),
+            ("head_dim", config.head_dim),
+            ("hidden", config.hidden),
+        )
         feed_forward = ("route_experts", "expert_mlp") if config.experts else ("silu_mul",)
         attention = ("rope_", "store_kv_", "prefill_attention", "decode_attention")
         chosen = {

@@ -98,6 +98,13 @@ def _rms_norm_triton(x, residual, weight, eps):
     return normed if summed is None else (normed, summed)
 
 
+def _triton_refuses(facts: dict[str, int]) -> str | None:
+    from mistral_kernels.kernels.rms_norm import MAX_HIDDEN
+
+    hidden = facts.get("hidden", 0)
+    return None if hidden <= MAX_HIDDEN else f"it takes hidden up to {MAX_HIDDEN}, got {hidden}"
+
+
 _rms_norm = define(
     "rms_norm",
     "Tensor x, Tensor weight, float eps",
@@ -106,9 +113,12 @@ _rms_norm = define(
     cells={
         "reference": rms_norm_reference,
         "cpu": Cell(lambda x, weight, eps: _rms_norm_cpu(x, None, weight, eps)),
-        "triton": Cell(lambda x, weight, eps: _rms_norm_triton(x, None, weight, eps)),
+        "triton": Cell(
+            lambda x, weight, eps: _rms_norm_triton(x, None, weight, eps), refuses=_triton_refuses
+        ),
         "cuda": Cell(lambda x, weight, eps: _rms_norm_cuda(x, None, weight, eps)),
     },
+    facts=lambda x, weight, eps: (("hidden", x.shape[-1]),),
     differentiable=("x", "weight"),
     backward=rms_norm_backward,
 )
@@ -121,9 +131,10 @@ _add_rms_norm = define(
     cells={
         "reference": add_rms_norm_reference,
         "cpu": Cell(_rms_norm_cpu),
-        "triton": Cell(_rms_norm_triton),
+        "triton": Cell(_rms_norm_triton, refuses=_triton_refuses),
         "cuda": Cell(_rms_norm_cuda),
     },
+    facts=lambda x, residual, weight, eps: (("hidden", x.shape[-1]),),
     differentiable=("x", "residual", "weight"),
     backward=add_rms_norm_backward,
 )
