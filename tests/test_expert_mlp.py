@@ -1,6 +1,7 @@
 """expert_mlp against a float64 loop over tokens and slots, on every backend."""
 
 import functools
+import sys
 
 import gradients
 import oracle
@@ -113,6 +114,16 @@ def test_batch_invariant_rows_do_not_depend_on_their_neighbours(rows, dtype, bac
     batch = ops.expert_mlp(**call, batch_invariant=True, backend=backend)
     fewer = {**call, **{name: call[name][rows] for name in ("x", "weights", "expert_ids")}}
     assert_same(ops.expert_mlp(**fewer, batch_invariant=True, backend=backend), batch[rows], "rows")
+
+
+def test_many_tokens_are_worked_in_chunks(monkeypatch):
+    call = make_call(11, 16, 24, 4, 2)
+    how = {**call, "batch_invariant": True, "backend": "reference"}
+    whole = ops.expert_mlp(**how)
+    module = sys.modules["mistral_kernels.ops.expert_mlp"]
+    for workspace in (1, 4000):  # room for less than a token, for a few
+        monkeypatch.setattr(module, "WORKSPACE_BYTES", workspace)
+        assert_same(ops.expert_mlp(**how), whole, f"{workspace} bytes")
 
 
 def test_slots_are_summed_in_order(backend, device):
