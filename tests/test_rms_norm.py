@@ -10,7 +10,7 @@ import refusal
 import registration
 import shapes
 import torch
-from tolerance import assert_close, assert_same
+from tolerance import assert_close, assert_rounded_once, assert_same
 
 from mistral_kernels import ops
 
@@ -83,6 +83,13 @@ def test_extreme_rows(backend, device):
     poisoned = ops.rms_norm(x, weight, EPS, backend=backend)
     assert poisoned[1].isnan().all(), "a NaN must show in its row"
     assert_same(poisoned[::2], out[::2], "rows beside a NaN")
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_rounds_once(half, backend, device):
+    x, weight = rows((9, 512), half, device), rows((512,), half, device)
+    exact = torch.from_numpy(oracle.rms_norm(oracle.f64(x), oracle.f64(weight), EPS))
+    assert_rounded_once(ops.rms_norm(x, weight, EPS, backend=backend), exact, "rms_norm")
 
 
 def test_large_fp16_values_do_not_overflow(backend, device):

@@ -55,6 +55,13 @@ def test_equal_logits_go_to_the_lowest_index(dtype, backend, device):
         check(result, logits, top_k)
 
 
+@pytest.mark.parametrize("experts", [16, 130, 300])
+def test_ties_among_many_experts(experts, dtype, backend, device):
+    # Two values only: nearly every choice is a tie.
+    logits = torch.randint(2, (20, experts), device=device).to(dtype)
+    check(ops.route_experts(logits, 9, backend=backend), logits, 9)
+
+
 def test_far_apart_and_infinite_logits(backend, device):
     rows = [[1e4, -1e4, 0, 0], [1e30, 1e30, 1, 1], [-torch.inf, 2, -torch.inf, 1], [-1e30] * 4]
     weights, expert_ids = ops.route_experts(torch.tensor(rows, device=device), 2, backend=backend)

@@ -10,7 +10,7 @@ import refusal
 import registration
 import shapes
 import torch
-from tolerance import assert_close, assert_same
+from tolerance import assert_close, assert_rounded_once, assert_same
 
 from mistral_kernels import ops
 
@@ -27,6 +27,13 @@ def test_silu_mul(shape, dtype, backend, device):
     exact = torch.from_numpy(oracle.silu_mul(oracle.f64(gate_up)))
     assert_close(out, peer.silu_mul(gate_up), exact, "silu_mul")
     assert_same(ops.silu_mul(gate_up, backend=backend), out, "again")
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_rounds_once(half, backend, device):
+    gate_up = torch.randn(9, 1024, device=device).to(half)
+    exact = torch.from_numpy(oracle.silu_mul(oracle.f64(gate_up)))
+    assert_rounded_once(ops.silu_mul(gate_up, backend=backend), exact, "silu_mul")
 
 
 def test_extreme_gates(backend, device):

@@ -17,6 +17,12 @@ MEAN_FLOOR = MAX_FLOOR / 10
 FLOAT64 = Error(1e-11, 1e-12)
 
 
+# Mean error of a result that is computed in float32 and rounded once, in units of that of rounding
+# the exact result. Near a half-way case float32 picks the other side now and then; a second
+# rounding would add about 40 %.
+ROUNDED_ONCE = 1.02
+
+
 def limit(dtype: torch.dtype, peer: Error) -> Error:
     """Return the largest error allowed of a result of `dtype`, given torch's own error."""
     if dtype == torch.float64:
@@ -36,6 +42,12 @@ def assert_close(out: torch.Tensor, peer: torch.Tensor, exact: torch.Tensor, wha
     """
     found, allowed = error(out, exact), limit(out.dtype, error(peer, exact))
     assert found.within(allowed), f"{what}: error {found} over {allowed} in {out.dtype}"
+
+
+def assert_rounded_once(out: torch.Tensor, exact: torch.Tensor, what: str) -> None:
+    """Assert that a bf16 or fp16 result of many elements was rounded at the end only."""
+    found, best = error(out, exact).mean, error(exact.to(out.dtype), exact).mean
+    assert found <= ROUNDED_ONCE * best, f"{what}: mean error {found}, of one rounding {best}"
 
 
 def assert_same(out: torch.Tensor, expected: torch.Tensor, what: str) -> None:
