@@ -65,7 +65,7 @@ def test_gradients(backend, device):
     gradients.check_compiled(ours, inputs)
 
 
-@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8), (0, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 8), (0, 8)], ids=str)
 @pytest.mark.parametrize("layout", shapes.LAYOUTS)
 def test_registration(shape, layout, backend, device):
     x = shapes.laid_out(torch.randn(shape, device=device), layout).requires_grad_()

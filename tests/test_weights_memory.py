@@ -13,8 +13,8 @@ from mistral_kernels.model.weight_table import checkpoint_table
 PEAK_MEMORY = """
 import sys, threading, time, torch
 from pathlib import Path
-from mistral_kernels.model.config import ModelConfig
-from mistral_kernels.model.weights import Checkpoint, parameter_shapes
+from mistral_kernels import ModelConfig, Transformer
+from mistral_kernels.model.weights import Checkpoint
 
 def anonymous_bytes():
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -33,9 +33,7 @@ sampler.start()
 config = ModelConfig.from_folder(sys.argv[1])
 checkpoint = Checkpoint(sys.argv[1], config)
 headers = max(samples + [anonymous_bytes()]) - before
-dtype = torch.bfloat16
-parameters = {n: torch.empty(s, dtype=dtype) for n, s in parameter_shapes(config).items()}
-checkpoint.copy_to(parameters)
+model = Transformer.from_folder(sys.argv[1], device="cpu")
 done.set()
 sampler.join()
 print(headers, max(samples + [anonymous_bytes()]) - before, checkpoint.nbytes)

@@ -18,21 +18,22 @@ from mistral_kernels.model.step import DecodeRows, PrefillRows, Step
 Backends = dict[str, str]  # op -> the backend that serves it; one dict shared by a whole model
 
 
-def _parameter(*shape: int) -> nn.Parameter:
+def parameter(*shape: int, **place) -> nn.Parameter:
+    """An uninitialised weight; `place` is device and dtype, as in torch's own modules."""
     # Frozen: this is an inference model, and ops that write in place refuse autograd.
-    return nn.Parameter(torch.empty(shape), requires_grad=False)
+    return nn.Parameter(torch.empty(shape, **place), requires_grad=False)
 
 
 class Attention(nn.Module):
     """Grouped-query attention over one layer's window."""
 
-    def __init__(self, config: ModelConfig, window: int | None, backends: Backends):
+    def __init__(self, config: ModelConfig, window: int | None, backends: Backends, **place):
         super().__init__()
         self.config, self.window, self.backends = config, window, backends
         self.heads = (config.q_heads, config.kv_heads, config.kv_heads)
         q_size = config.q_heads * config.head_dim
-        self.wqkv = _parameter(sum(self.heads) * config.head_dim, config.hidden)
-        self.wo = _parameter(config.hidden, q_size)
+        self.wqkv = parameter(sum(self.heads) * config.head_dim, config.hidden, **place)
+        self.wo = parameter(config.hidden, q_size, **place)
 
     def forward(
         self, x: Tensor, step: Step, tables: RopeTables, memory: LayerCache | None
@@ -129,11 +130,11 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """w2 (silu(w1 x) * w3 x); w13 holds w1's rows, then w3's."""
 
-    def __init__(self, config: ModelConfig, backends: Backends):
+    def __init__(self, config: ModelConfig, backends: Backends, **place):
         super().__init__()
         self.backends = backends
-        self.w13 = _parameter(2 * config.ffn_dim, config.hidden)
-        self.w2 = _parameter(config.hidden, config.ffn_dim)
+        self.w13 = parameter(2 * config.ffn_dim, config.hidden, **place)
+        self.w2 = parameter(config.hidden, config.ffn_dim, **place)
 
     def forward(self, x: Tensor) -> Tensor:
         linear = self.backends["linear"]
@@ -146,12 +147,12 @@ class FeedForward(nn.Module):
 class MixtureOfExperts(nn.Module):
     """The router's top_k experts of each token, weighted and summed."""
 
-    def __init__(self, config: ModelConfig, backends: Backends):
+    def __init__(self, config: ModelConfig, backends: Backends, **place):
         super().__init__()
         self.backends, self.top_k = backends, config.top_k
-        self.gate = _parameter(config.experts, config.hidden)
-        self.w13 = _parameter(config.experts, 2 * config.ffn_dim, config.hidden)
-        self.w2 = _parameter(config.experts, config.hidden, config.ffn_dim)
+        self.gate = parameter(config.experts, config.hidden, **place)
+        self.w13 = parameter(config.experts, 2 * config.ffn_dim, config.hidden, **place)
+        self.w2 = parameter(config.experts, config.hidden, config.ffn_dim, **place)
 
     def forward(self, x: Tensor) -> Tensor:
         logits = ops.linear(x, self.gate, backend=self.backends["linear"])  # (T, E)
@@ -166,14 +167,14 @@ class MixtureOfExperts(nn.Module):
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: ModelConfig, window: int | None, backends: Backends):
+    def __init__(self, config: ModelConfig, window: int | None, backends: Backends, **place):
         super().__init__()
         self.eps, self.backends = config.norm_eps, backends
-        self.attention_norm = _parameter(config.hidden)
-        self.attention = Attention(config, window, backends)
-        self.ffn_norm = _parameter(config.hidden)
+        self.attention_norm = parameter(config.hidden, **place)
+        self.attention = Attention(config, window, backends, **place)
+        self.ffn_norm = parameter(config.hidden, **place)
         feed_forward = MixtureOfExperts if config.experts else FeedForward
-        self.feed_forward = feed_forward(config, backends)
+        self.feed_forward = feed_forward(config, backends, **place)
 
     def forward(
         self, x: Tensor, step: Step, tables: RopeTables, memory: LayerCache | None = None

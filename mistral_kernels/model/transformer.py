@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mistral_kernels import ops
 from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import Layout, ModelConfig
-from mistral_kernels.model.layers import Block
+from mistral_kernels.model.layers import Block, parameter
 from mistral_kernels.model.lora import merge_lora
 from mistral_kernels.model.rope_tables import RopeTables, rope_tables
 from mistral_kernels.model.step import plan_step
@@ -61,21 +61,18 @@ class Transformer(nn.Module):
         self.config, self.max_batch_size = config, max_batch_size
         self.backends: dict[str, str] = {}
         self._tables: RopeTables | None = None
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        with torch.device("meta"):
-            self.tok_embeddings = nn.Parameter(
-                torch.empty(config.vocab, config.hidden), requires_grad=False
-            )
-            self.layers = nn.ModuleList(
-                Block(config, window, self.backends) for window in config.windows
-            )
-            self.norm = nn.Parameter(torch.empty(config.hidden), requires_grad=False)
-            if not config.tied_embeddings:
-                self.output = nn.Parameter(
-                    torch.empty(config.vocab, config.hidden), requires_grad=False
-                )
-        self.backend = backend
-        self.to(dtype).to_empty(device=device)
+        place = {
+            "device": device,
+            "dtype": torch.get_default_dtype() if dtype is None else dtype,
+        }
+        self.tok_embeddings = parameter(config.vocab, config.hidden, **place)
+        self.layers = nn.ModuleList(
+            Block(config, window, self.backends, **place) for window in config.windows
+        )
+        self.norm = parameter(config.hidden, **place)
+        if not config.tied_embeddings:
+            self.output = parameter(config.vocab, config.hidden, **place)
+        self.set_backend(backend)
 
     @classmethod
     def from_folder(
