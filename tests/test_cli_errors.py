@@ -129,6 +129,8 @@ def test_control_c_ends_quietly(arguments):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A suite started in the background inherits an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         if arguments is ENDLESS:
             assert process.stdout.read(1)
