@@ -26,8 +26,15 @@ WAY_OUT = "MISTRAL_KERNELS_CUDA=0 installs without CUDA code, CXX=none without a
 
 def find_cxx() -> list[str] | None:
     """The C++ compiler as a command, or None where there is none."""
-    command = shlex.split(os.environ.get("CXX") or "c++")
-    return command if shutil.which(command[0]) else None
+    named = os.environ.get("CXX")
+    commands = [shlex.split(named)] if named else [["g++"], ["c++"]]
+    return next((command for command in commands if shutil.which(command[0])), None)
+
+
+def openmp_flag(cxx: list[str]) -> str:
+    """Threads come from torch's libgomp, which serves g++ but not clang: one thread then."""
+    version = subprocess.run([*cxx, "--version"], capture_output=True, text=True)
+    return "-fopenmp-simd" if "clang" in version.stdout else "-fopenmp"
 
 
 def find_nvcc() -> str | None:
@@ -98,7 +105,7 @@ class NinjaBuild(build_ext):
             "-Wextra",
             "-fPIC",
             "-fvisibility=hidden",
-            "-fopenmp",
+            openmp_flag(cxx),
         ]
         # Nobody reads floating-point exceptions or errno; keeping them would block SIMD code.
         flags += ["-fno-trapping-math", "-fno-math-errno"]
@@ -154,11 +161,10 @@ class NinjaBuild(build_ext):
             raise CompileError(f"the compiler failed: {first_error(said)}\n{WAY_OUT}")
 
 
-compiled = find_cxx() is not None
+missing = "no C++ compiler" if sys.platform == "linux" else f"no compiled core for {sys.platform}"
+compiled = sys.platform == "linux" and find_cxx() is not None
 if not compiled:
-    print(
-        "\n*** mistral_kernels: no C++ compiler, so pure Python and Triton only ***\n", flush=True
-    )
+    print(f"\n*** mistral_kernels: {missing}, so pure Python only ***\n", flush=True)
 setup(
     ext_modules=[Extension("mistral_kernels._C", sources=[])] if compiled else [],
     cmdclass={"build_ext": NinjaBuild},

@@ -124,9 +124,9 @@ def verify(
         raise ValueError(f"verify: dtype must be one of {DTYPES}, got {dtype}")
     model = Transformer.from_folder(folder, device=device, dtype=dtype)
     steps, wrapped_window = plan_steps(model.config.windows)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     prompts = [
-        torch.randint(model.config.vocab, (sum(counts),), generator=generator)
+        torch.randint(model.config.vocab, (sum(counts),), generator=generator, device="cpu")
         for counts in zip(*steps, strict=True)
     ]
     names = dispatch.BACKENDS if backend is None else dict.fromkeys(("reference", backend))
@@ -227,7 +227,9 @@ def _run(model: Transformer, prompts: list[Tensor], steps: Sequence[tuple], cach
             hook = layer.register_forward_hook(lambda _, args, out, kept=kept: kept.append(out))
             hooks.callback(hook.remove)
         for counts in steps:
-            fed = torch.cat([torch.arange(a, a + n) for a, n in zip(at, counts, strict=True)])
+            fed = torch.cat(
+                [torch.arange(a, a + n, device="cpu") for a, n in zip(at, counts, strict=True)]
+            )
             at = [a + n for a, n in zip(at, counts, strict=True)]
             logits.append(model.forward(ids[fed], counts, cache))
             rows.append(fed)

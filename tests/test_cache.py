@@ -87,6 +87,12 @@ def test_rollback_refuses_what_the_ring_has_lost():
         cache.rollback(13)
     with pytest.raises(ValueError, match="rollback: tokens must have 1 entries, got 2"):
         cache.rollback([1, 1])
+    for tokens in ([1.0], 1.5, "1", None):
+        with pytest.raises(TypeError, match="rollback: tokens must be an int or a list of ints"):
+            cache.rollback(tokens)
+    for place in (1, -1, "0"):
+        with pytest.raises(ValueError, match=re.escape("reset: sequence must be in [0, 1)")):
+            cache.reset(place)
     assert cache.lengths == [12]
     cache.rollback([2])
     assert cache.lengths == [10]

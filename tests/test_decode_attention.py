@@ -63,7 +63,8 @@ def exact_rope(x: Tensor, *, cos, sin, positions, interleaved, q_scale) -> Tenso
     cos, sin = oracle.f64(cos), oracle.f64(sin)
     q_scale = None if q_scale is None else oracle.f64(q_scale)
     how = {"interleaved": interleaved, "q_scale": q_scale}
-    return torch.from_numpy(oracle.rope(oracle.f64(x), cos, sin, positions.tolist(), **how))
+    rotated = oracle.rope(oracle.f64(x), cos, sin, positions.tolist(), **how)
+    return torch.from_numpy(rotated).to(x.device)
 
 
 @pytest.mark.parametrize("layout", ring.PAGE_LAYOUTS)

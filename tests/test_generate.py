@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import feed, random_model, random_prompts
@@ -102,6 +103,11 @@ def test_stream_yields_what_generate_returns_as_it_is_drawn(model):
     assert events[0][0] in (0, 2) and [e[0] for e in events].index(1) > 4
 
 
+def test_numpy_ids_are_taken(model):
+    arrays = [np.array(prompt) for prompt in PROMPTS]
+    assert generate(arrays, model, max_tokens=3) == generate(PROMPTS, model, max_tokens=3)
+
+
 def test_many_windows_of_decode(model):
     (prompt,) = random_prompts([4])
     tokens, logprobs = generate([prompt], model, max_tokens=60)
@@ -122,7 +128,9 @@ def test_logits_that_are_not_finite_are_reported():
         ({"encoded_prompts": [[1], []]}, ValueError, "encoded_prompts[1] must hold at least one"),
         ({"encoded_prompts": [[1, 32]]}, ValueError, "ids in [0, 32), got 32"),
         ({"encoded_prompts": [[-1]]}, ValueError, "ids in [0, 32), got -1"),
-        ({"encoded_prompts": [[1.5]]}, TypeError, "must hold ints, got float"),
+        ({"encoded_prompts": [[1.5]]}, TypeError, "must hold ints, got [1.5]"),
+        ({"encoded_prompts": 5}, TypeError, "encoded_prompts must be a list of lists, got int"),
+        ({"prompt_logprobs": 3}, TypeError, "prompt_logprobs must be a bool, got int"),
         ({"encoded_prompts": [1, 2]}, TypeError, "encoded_prompts[0] must be a list"),
         ({"encoded_prompts": ["text"]}, TypeError, "encoded_prompts[0] must be a list"),
         ({"max_tokens": -1}, ValueError, "max_tokens must be >= 0, got -1"),

@@ -99,6 +99,8 @@ def test_bits_repeat():
         ((torch.tensor([1, -3]), [2]), ValueError, "input_ids must be in [0, 32), got -3"),
         ((torch.tensor([1, 2]), [3]), ValueError, "sum to the 2 input_ids, got [3]"),
         ((torch.tensor([1, 2]), [3, -1]), ValueError, "seqlens must be >= 0"),
+        ((torch.tensor([1, 2]), [2.7]), TypeError, "seqlens must be a list of ints, got [2.7]"),
+        ((torch.tensor([1, 2]), 2), TypeError, "seqlens must be a list of ints, got 2"),
     ],
 )
 def test_bad_forward(arguments, exception, message):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.model.config import ModelConfig
+from mistral_kernels.ops.checks import is_int
 
 PAGE_ALIGNMENT = 16  # a page is a multiple of the kernels' smallest key tile
 
@@ -42,6 +43,11 @@ class KVCache:
         page_size: slots a page, a multiple of 16 for the kernels; None: one page a sequence.
         device, dtype: where and as what keys and values are stored.
 
+    Attributes:
+        lengths: tokens of each sequence so far; the next one gets this position.
+        starts: first position that each sequence may see; set it after left padding.
+        layers: one LayerCache a layer.
+
     Raises:
         ValueError, TypeError: a size is out of range.
     """
@@ -60,13 +66,13 @@ class KVCache:
         sizes = {"batch": (batch, 0), "max_tokens": (max_tokens, 1), "lookahead": (lookahead, 0)}
         sizes |= {} if page_size is None else {"page_size": (page_size, 1)}
         for name, (value, minimum) in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int):
+            if not is_int(value):
                 raise TypeError(f"new_cache: {name} must be an int, got {type(value).__name__}")
             if value < minimum:
                 raise ValueError(f"new_cache: {name} must be >= {minimum}, got {value}")
         self.batch, self.max_tokens, self.lookahead = batch, max_tokens, lookahead
-        self.lengths = [0] * batch  # tokens of each sequence; the next one gets this position
-        self.starts = [0] * batch  # first visible position of each sequence (left padding)
+        self.lengths = [0] * batch
+        self.starts = [0] * batch
         self._written = [0] * batch  # highest length reached: slots up to it were overwritten
         self.layers = [
             self._new_layer(config, window, page_size, device, dtype) for window in config.windows
@@ -110,13 +116,19 @@ class KVCache:
         self._written = [max(a, b) for a, b in zip(self._written, self.lengths, strict=True)]
 
     def rollback(self, tokens: int | Sequence[int]) -> None:
-        """Forgets the last `tokens` of every sequence (an int) or of each (a list).
+        """Forgets the last tokens of sequences, for example of a rejected draft.
+
+        Args:
+            tokens: how many: an int for every sequence, or a list with one entry each.
 
         Raises:
+            TypeError: tokens holds something else than ints.
             ValueError: more than a sequence holds, or so many that a ring has already overwritten
                 keys which the next token must see (see `lookahead`).
         """
-        counts = [tokens] * self.batch if isinstance(tokens, int) else list(tokens)
+        counts = [tokens] * self.batch if is_int(tokens) else tokens
+        if not isinstance(counts, Sequence) or not all(map(is_int, counts)):
+            raise TypeError(f"rollback: tokens must be an int or a list of ints, got {tokens!r}")
         if len(counts) != self.batch:
             raise ValueError(f"rollback: tokens must have {self.batch} entries, got {len(counts)}")
         for b, count in enumerate(counts):
@@ -137,6 +149,12 @@ class KVCache:
         self.lengths = [a - b for a, b in zip(self.lengths, counts, strict=True)]
 
     def reset(self, sequence: int | None = None) -> None:
-        """Empties one sequence's place for another sequence, or all of them."""
+        """Empties one sequence's place for another sequence, or all of them.
+
+        Raises:
+            ValueError: there is no such place.
+        """
+        if sequence is not None and (not is_int(sequence) or not 0 <= sequence < self.batch):
+            raise ValueError(f"reset: sequence must be in [0, {self.batch}), got {sequence!r}")
         for b in range(self.batch) if sequence is None else (sequence,):
             self.lengths[b] = self.starts[b] = self._written[b] = 0

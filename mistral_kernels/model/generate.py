@@ -9,6 +9,7 @@ prompt.
 from __future__ import annotations
 
 import math
+import operator
 import secrets
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.sampling import logprobs_of, sample, uniform_draw
 from mistral_kernels.model.transformer import Transformer
+from mistral_kernels.ops.checks import is_int
 
 Event = tuple[int, int, float]  # sequence, token, logprob
 
@@ -153,7 +155,7 @@ def _step(
     pieces = [sequence.pending[: sampling.chunk_size] if sequence else [] for sequence in places]
     # A prompt's logprobs need the logits of all its rows.
     scored = sampling.prompt_logprobs and any(s and s.drawn == 0 for s in places)
-    input_ids = torch.tensor([token for piece in pieces for token in piece])
+    input_ids = torch.tensor([token for piece in pieces for token in piece], device="cpu")
     with torch.inference_mode():
         logits = model.forward(input_ids, [len(p) for p in pieces], cache, last_only=not scored)
     events: list[Event] = []
@@ -225,16 +227,12 @@ def _check_finite(logprob: float, sequence: int) -> None:
 def _seeds(seed: int | Sequence[int] | None, prompts: int) -> list[int]:
     if seed is None:
         seed = secrets.randbits(63)
-    seeds = [seed + i for i in range(prompts)] if _is_int(seed) else seed
-    if isinstance(seeds, str) or not isinstance(seeds, Sequence) or not all(map(_is_int, seeds)):
+    seeds = [seed + i for i in range(prompts)] if is_int(seed) else seed
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence) or not all(map(is_int, seeds)):
         raise TypeError(f"generate: seed must be an int, a list of ints or None, got {seed!r}")
     if len(seeds) != prompts:
         raise ValueError(f"generate: seed must have {prompts} entries, got {len(seeds)}")
     return [value % 2**64 for value in seeds]
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_sampling(sampling: _Sampling) -> None:
@@ -242,10 +240,13 @@ def _check_sampling(sampling: _Sampling) -> None:
         value = getattr(sampling, name)
         if value is None and name != "max_tokens":
             continue
-        if not _is_int(value):
+        if not is_int(value):
             raise TypeError(f"generate: {name} must be an int, got {type(value).__name__}")
         if value < minimum:
             raise ValueError(f"generate: {name} must be >= {minimum}, got {value}")
+    if not isinstance(sampling.prompt_logprobs, bool):
+        name = type(sampling.prompt_logprobs).__name__
+        raise TypeError(f"generate: prompt_logprobs must be a bool, got {name}")
     for name in ("temperature", "top_p"):
         value = getattr(sampling, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -259,6 +260,9 @@ def _check_sampling(sampling: _Sampling) -> None:
 
 
 def _check_prompts(encoded_prompts: Sequence[Sequence[int]], vocab: int) -> list[list[int]]:
+    if not isinstance(encoded_prompts, Sequence):
+        name = type(encoded_prompts).__name__
+        raise TypeError(f"generate: encoded_prompts must be a list of lists, got {name}")
     prompts = []
     for i, prompt in enumerate(encoded_prompts):
         if isinstance(prompt, (str, bytes)) or not hasattr(prompt, "__iter__"):
@@ -266,16 +270,17 @@ def _check_prompts(encoded_prompts: Sequence[Sequence[int]], vocab: int) -> list
                 f"generate: encoded_prompts[{i}] must be a list of token ids,"
                 f" got {type(prompt).__name__}"
             )
-        prompt = list(prompt)
+        try:
+            prompt = [operator.index(token) for token in prompt]  # numpy's integers too
+        except TypeError as error:
+            raise TypeError(
+                f"generate: encoded_prompts[{i}] must hold ints, got {prompt}"
+            ) from error
         if not prompt:
             raise ValueError(
                 f"generate: encoded_prompts[{i}] must hold at least one token, got none"
             )
         for token in prompt:
-            if not _is_int(token):
-                raise TypeError(
-                    f"generate: encoded_prompts[{i}] must hold ints, got {type(token).__name__}"
-                )
             if not 0 <= token < vocab:
                 raise ValueError(
                     f"generate: encoded_prompts[{i}] must hold ids in [0, {vocab}), got {token}"

@@ -36,14 +36,14 @@ class Attention(nn.Module):
         self.wo = parameter(config.hidden, q_size, **place)
 
     def forward(
-        self, x: Tensor, step: Step, tables: RopeTables, memory: LayerCache | None
+        self, x: Tensor, step: Step, tables: RopeTables, layer_cache: LayerCache | None
     ) -> Tensor:
         linear = self.backends["linear"]
         qkv = ops.linear(x, self.wqkv, backend=linear)  # (T, (Q + 2K) * D)
         qkv = qkv.view(len(x), sum(self.heads), self.config.head_dim)
         q, k, v = qkv.split(self.heads, 1)  # (T, Q, D), (T, K, D), (T, K, D)
         parts = [
-            (part.rows, attend(q[part.rows], k[part.rows], v[part.rows], part, tables, memory))
+            (part.rows, attend(q[part.rows], k[part.rows], v[part.rows], part, tables, layer_cache))
             for part, attend in ((step.decode, self._decode), (step.prefill, self._prefill))
             if part is not None
         ]
@@ -62,15 +62,15 @@ class Attention(nn.Module):
         v: Tensor,
         part: DecodeRows,
         tables: RopeTables,
-        memory: LayerCache,
+        layer_cache: LayerCache,
     ) -> Tensor:
         out, _ = ops.decode_attention(
             q,
             k,
             v,
-            memory.k,
-            memory.v,
-            memory.block_table[part.sequences],
+            layer_cache.k,
+            layer_cache.v,
+            layer_cache.block_table[part.sequences],
             part.positions,
             tables.cos,
             tables.sin,
@@ -89,7 +89,7 @@ class Attention(nn.Module):
         v: Tensor,
         part: PrefillRows,
         tables: RopeTables,
-        memory: LayerCache | None,
+        layer_cache: LayerCache | None,
     ) -> Tensor:
         ops.rope_(
             q,
@@ -102,11 +102,11 @@ class Attention(nn.Module):
             backend=self.backends["rope_"],
         )
         attention = self.backends["prefill_attention"]
-        if memory is None:
+        if layer_cache is None:
             return ops.prefill_attention(
                 q, k, v, part.cu_seqlens, window=self.window, backend=attention
             )[0]
-        ring = (memory.k, memory.v, memory.block_table[part.sequences])
+        ring = (layer_cache.k, layer_cache.v, layer_cache.block_table[part.sequences])
         out, _ = ops.prefill_attention(
             q,
             k,
@@ -177,11 +177,11 @@ class Block(nn.Module):
         self.feed_forward = feed_forward(config, backends, **place)
 
     def forward(
-        self, x: Tensor, step: Step, tables: RopeTables, memory: LayerCache | None = None
+        self, x: Tensor, step: Step, tables: RopeTables, layer_cache: LayerCache | None = None
     ) -> Tensor:
         """x (T, H) -> (T, H)."""
         normed = ops.rms_norm(x, self.attention_norm, self.eps, backend=self.backends["rms_norm"])
-        attended = self.attention(normed, step, tables, memory)
+        attended = self.attention(normed, step, tables, layer_cache)
         normed, x = ops.add_rms_norm(
             attended, x, self.ffn_norm, self.eps, backend=self.backends["add_rms_norm"]
         )

@@ -57,9 +57,12 @@ def merge_lora(
 
     Raises:
         FileNotFoundError: there is no such file.
+        TypeError: the scaling is no number.
         ValueError: the scaling is not finite, or the file is malformed, holds no adapter, half an
             adapter, or one that does not fit the model; file and key are named.
     """
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"merge_lora: scaling: expected a number, got {type(scaling).__name__}")
     if not math.isfinite(scaling):
         raise ValueError(f"merge_lora: scaling: expected a finite number, got {scaling!r}")
     check_parameters(parameters, config)

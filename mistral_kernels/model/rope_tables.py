@@ -35,7 +35,7 @@ def _yarn_frequencies(frequencies: Tensor, yarn: Yarn, head_dim: int, theta: flo
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     width = high - low if high != low else 0.001  # a step instead of a ramp of width 0
-    ramp = ((torch.arange(len(frequencies)).double() - low) / width).clamp(0, 1)
+    ramp = ((torch.arange(len(frequencies), device="cpu").double() - low) / width).clamp(0, 1)
     return frequencies * (1 - ramp) + frequencies / yarn.factor * ramp
 
 
@@ -43,7 +43,7 @@ def rope_tables(
     config: ModelConfig, max_positions: int, device: torch.device, dtype: torch.dtype
 ) -> RopeTables:
     """Tables for positions 0..max_positions-1 on `device`, as `dtype` (float32 or float64)."""
-    exponents = torch.arange(0, config.head_dim, 2).double() / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, device="cpu").double() / config.head_dim
     frequencies = config.rope_theta**-exponents
     factor = 1.0
     if config.yarn is not None:
@@ -51,7 +51,7 @@ def rope_tables(
             frequencies, config.yarn, config.head_dim, config.rope_theta
         )
         factor = config.yarn.attention_factor
-    positions = torch.arange(max_positions).double()
+    positions = torch.arange(max_positions, device="cpu").double()
     angles = positions[:, None] * frequencies
     q_scale = None
     if config.q_scale is not None:

@@ -104,6 +104,7 @@ def plan_step(
 
 def _one_copy(fields: dict[str, list[int]], device: torch.device) -> dict[str, Tensor]:
     values = [value for field in fields.values() for value in field]
-    on_host = torch.tensor(values, dtype=torch.int32, pin_memory=device.type == "cuda")
+    pinned = device.type == "cuda"
+    on_host = torch.tensor(values, dtype=torch.int32, device="cpu", pin_memory=pinned)
     pieces = on_host.to(device, non_blocking=True).split([len(field) for field in fields.values()])
     return dict(zip(fields, pieces, strict=True))

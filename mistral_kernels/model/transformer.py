@@ -21,7 +21,7 @@ from mistral_kernels.model.rope_tables import RopeTables, rope_tables
 from mistral_kernels.model.step import plan_step
 from mistral_kernels.model.weights import Checkpoint
 from mistral_kernels.ops import dispatch
-from mistral_kernels.ops.checks import FLOATS, compute_dtype
+from mistral_kernels.ops.checks import FLOATS, compute_dtype, is_int
 
 
 class Transformer(nn.Module):
@@ -45,7 +45,7 @@ class Transformer(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        if isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int):
+        if not is_int(max_batch_size):
             name = type(max_batch_size).__name__
             raise TypeError(f"Transformer: max_batch_size must be an int, got {name}")
         if max_batch_size < 1:
@@ -96,6 +96,9 @@ class Transformer(nn.Module):
             backend: a preference, see the class.
             layout: "native" or "huggingface" where a folder holds both; None: native wins.
 
+        Returns:
+            The model, ready to run; its parameters are frozen.
+
         Raises:
             FileNotFoundError: the folder, its configuration or a weight file is missing.
             ValueError: a file is damaged or unsupported; the text names file and key.
@@ -129,7 +132,11 @@ class Transformer(nn.Module):
         return self
 
     def set_backend(self, backend: str) -> None:
-        """Prefers `backend` from now on; fills `backends` with what serves each of its ops."""
+        """Prefers `backend` from now on, and notes in `backends` what serves each op.
+
+        Raises:
+            ValueError: no such backend; then nothing has changed.
+        """
         config = self.config
         facts = (
             ("group", config.q_heads // config.kv_heads),
@@ -163,7 +170,20 @@ class Transformer(nn.Module):
     def new_cache(
         self, batch: int, max_tokens: int, *, lookahead: int = 0, page_size: int | None = None
     ) -> KVCache:
-        """An empty rolling cache for `batch` sequences of up to `max_tokens` tokens: a KVCache."""
+        """An empty rolling cache for this model.
+
+        Args:
+            batch: sequences, >= 0.
+            max_tokens: most tokens a sequence may reach, prompt and generated together.
+            lookahead: tokens that can be rolled back, see KVCache.
+            page_size: slots a page, a multiple of 16 for the kernels; None: one page a sequence.
+
+        Returns:
+            A KVCache in the model's dtype and on its device.
+
+        Raises:
+            TypeError, ValueError: a size is out of range.
+        """
         cache = KVCache(
             self.config,
             batch,
@@ -177,9 +197,15 @@ class Transformer(nn.Module):
         return cache
 
     def load_lora(self, path: str | Path, scaling: float = 2.0) -> None:
-        """Merges a native `lora.safetensors` (or the folder that holds it) into the weights.
+        """Merges a native adapter into the weights: W += scaling * B A for every adapted W.
 
-        W += scaling * B A, for every adapted W; checked whole before any weight changes.
+        Args:
+            path: a `lora.safetensors`, or the folder that holds one.
+            scaling: the adapter's factor, which the file does not hold.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            TypeError, ValueError: it does not fit this model; then no weight has changed.
         """
         merge_lora(dict(self.named_parameters()), self.config, path, scaling)
 
@@ -217,9 +243,9 @@ class Transformer(nn.Module):
 
         x = nn.functional.embedding(input_ids.to(self.device), self.tok_embeddings)  # (T, hidden)
         if len(x):
-            memories = [None] * len(self.layers) if cache is None else cache.layers
-            for layer, memory in zip(self.layers, memories, strict=True):
-                x = layer(x, step, tables, memory)
+            layer_caches = [None] * len(self.layers) if cache is None else cache.layers
+            for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
+                x = layer(x, step, tables, layer_cache)
         if cache is not None:
             cache.advance(seqlens)
         if last_only:
@@ -242,7 +268,11 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"forward: input_ids must have shape (tokens,), got {tuple(input_ids.shape)}"
             )
-        seqlens = [int(n) for n in seqlens]
+        if isinstance(seqlens, Tensor):
+            seqlens = seqlens.tolist()
+        if not isinstance(seqlens, Sequence) or not all(map(is_int, seqlens)):
+            raise TypeError(f"forward: seqlens must be a list of ints, got {seqlens!r}")
+        seqlens = list(seqlens)
         if any(n < 0 for n in seqlens) or sum(seqlens) != len(input_ids):
             raise ValueError(
                 f"forward: seqlens must be >= 0 and sum to the {len(input_ids)} input_ids,"

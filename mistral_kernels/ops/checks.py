@@ -17,6 +17,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def is_int(value: object) -> bool:
+    """Whether `value` is an int and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 class Arguments:
     """Checks the arguments of one call. A dimension's name is bound by its first use.
 
@@ -81,7 +86,7 @@ class Arguments:
         return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
     def integer(self, name: str, value: int, minimum: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        if not is_int(value) and not isinstance(value, torch.SymInt):
             raise TypeError(f"{self.op}: {name} must be an int, got {type(value).__name__}")
         if value < minimum:
             raise ValueError(f"{self.op}: {name} must be >= {minimum}, got {value}")

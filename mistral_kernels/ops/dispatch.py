@@ -19,6 +19,7 @@ from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# What kernels take; csrc/dtype.h numbers them in this order.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Facts = tuple[tuple[str, int], ...]

@@ -1,7 +1,4 @@
-"""Matrix product with a weight stored as (out, in): y = x weight^T.
-
-One to eight rows (decode) are bound by reading the weight once; more rows are torch's.
-"""
+"""Matrix product with a weight stored as (out, in): y = x weight^T."""
 
 from __future__ import annotations
 
@@ -54,6 +51,8 @@ def linear(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it.
+
+    Source: `torch.nn.functional.linear`, without a bias.
     """
     check = Arguments("linear")
     check.tensor("x", x, ("...", "tokens", "in"))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops.checks import Arguments, compute_dtype
-from mistral_kernels.ops.dispatch import Cell, define, native_extension
+from mistral_kernels.ops.dispatch import KERNEL_DTYPES, Cell, define, native_extension
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -66,7 +66,7 @@ def _rms_norm_native(
         rows.stride(0),
         added.stride(0),
         eps,
-        (torch.float32, torch.bfloat16, torch.float16).index(x.dtype),
+        KERNEL_DTYPES.index(x.dtype),  # the order of csrc/dtype.h
         *queue,
     )
     return normed if summed is None else (normed, summed)
@@ -160,6 +160,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
     check = Arguments("rms_norm")
     check.tensor("x", x, ("...", "hidden"))
     check.tensor("weight", weight, ("hidden",), (x.dtype,))
+    check.integer("weight.shape[0] (hidden)", weight.shape[0], 1)
     check.positive("eps", eps, zero=True)
     check.backend(backend)
     return _rms_norm(x, weight, eps, backend)
@@ -183,6 +184,8 @@ def add_rms_norm(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it.
+
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467; the pre-norm residual of Mistral 7B.
     """
     check = Arguments("add_rms_norm")
     check.tensor("x", x, ("...", "hidden"))
@@ -193,6 +196,7 @@ def add_rms_norm(
             f" got {tuple(residual.shape)}"
         )
     check.tensor("weight", weight, ("hidden",), (x.dtype,))
+    check.integer("weight.shape[0] (hidden)", weight.shape[0], 1)
     check.positive("eps", eps, zero=True)
     check.backend(backend)
     return _add_rms_norm(x, residual, weight, eps, backend)

@@ -160,9 +160,25 @@ def rope_(
     q_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Rotates q and k in place (views of one qkv tensor are fine) and returns them.
+    """Rotates q and k in place; views of one qkv tensor are fine.
 
-    Arguments, shapes and errors as in `rope`; it refuses inputs that require grad.
+    Args:
+        q: (tokens, q_heads, head_dim), float32, bfloat16 or float16 (float64 on the reference).
+        k: (tokens, kv_heads, head_dim), q's dtype.
+        cos, sin: (max_positions, head_dim / 2), float32 (float64 for float64 q).
+        positions: (tokens,), int32, < max_positions; rows with a negative one stay as they are.
+        interleaved: layout of the pairs, see `rope`.
+        q_scale: (max_positions,), cos's dtype, multiplies q after the rotation; None for 1.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        q, k: the same tensors.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the text names it.
+        RuntimeError: an input requires grad.
+
+    Source: Su et al. 2021, arXiv 2104.09864.
     """
     _check("rope_", q, k, cos, sin, positions, interleaved, q_scale, backend)
     _rope_(q, k, cos, sin, positions, interleaved, q_scale, backend)

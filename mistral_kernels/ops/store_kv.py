@@ -100,6 +100,8 @@ def store_kv_(
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it.
         RuntimeError: an input requires grad.
+
+    Source: Jiang et al. 2023, arXiv 2310.06825, "rolling buffer cache".
     """
     check = Arguments("store_kv_")
     check.tensor("k", k, ("tokens", "kv_heads", "head_dim"))
