@@ -64,7 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         status = app(arguments or ["--help"], prog_name="mistral-kernels", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout:  # None if it was closed, as stdin and stderr may be
+            sys.stdout.flush()
     except usage_error as error:
         _fail(error.format_message())
     except BrokenPipeError:
@@ -173,6 +174,8 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     elif prompt_file is not None:
         source, data = str(prompt_file), _without_newline(prompt_file.read_bytes())
     else:
+        if sys.stdin is None:
+            raise ValueError("stdin is closed: give a --prompt or a --prompt-file")
         if sys.stdin.isatty():
             print("Type the prompt; Ctrl-D on an empty line ends it.", file=sys.stderr)
         source, data = "stdin", _without_newline(sys.stdin.buffer.read())
@@ -223,7 +226,7 @@ def _continue_text(
     ids = tokenizer.encode(prompt)
     stream = TextStream(tokenizer, continued=True)
     pieces, tokens, logprobs, times = [], [], [], [time.perf_counter()]
-    hidden = show or not sys.stderr.isatty()
+    hidden = show or not (sys.stderr and sys.stderr.isatty())
     with Progress(console=Console(stderr=True), transient=True, disable=hidden) as progress:
         task = progress.add_task("tokens", total=sampling.max_tokens)
         for _, token, logprob in mistral_kernels.stream(

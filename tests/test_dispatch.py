@@ -179,3 +179,9 @@ def test_a_trailing_underscore_means_in_place(name):
         "decode_attention": caches | {"workspace"},
     }
     assert written == expected.get(name, set())
+
+
+def test_forward_mode_is_refused():
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    with pytest.raises(RuntimeError, match="rms_norm: x carries a forward-mode tangent"):
+        torch.func.jvp(lambda x: ops.rms_norm(x, weight, 1e-5), (x,), (x,))

@@ -144,6 +144,7 @@ def test_logits_that_are_not_finite_are_reported():
         ({"top_k": 0}, ValueError, "top_k must be >= 1, got 0"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be >= 1, got 0"),
         ({"eos_id": -1}, ValueError, "eos_id must be >= 0, got -1"),
+        ({"eos_id": 32}, ValueError, "eos_id must be in [0, 32), got 32"),
         ({"seed": [1, 2]}, ValueError, "seed must have 1 entries, got 2"),
         ({"seed": "x"}, TypeError, "seed must be an int, a list of ints or None, got 'x'"),
         ({"seed": 1.0}, TypeError, "seed must be an int, a list of ints or None, got 1.0"),

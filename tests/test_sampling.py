@@ -60,6 +60,11 @@ def test_greedy_takes_the_lowest_of_equals():
     assert sample(torch.tensor([[1.0, 3.0, 3.0]]), [0.9], temperature=0).item() == 1
 
 
+@pytest.mark.parametrize("temperature", [1e-310, 1e-5])
+def test_a_tiny_temperature_is_greedy(temperature):
+    assert sample(torch.tensor([[1.0, 3.0, 2.0]]), [0.9], temperature=temperature).item() == 1
+
+
 def test_rows_do_not_touch_each_other():
     logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(1))
     draws = [uniform_draw(7, i) for i in range(5)]

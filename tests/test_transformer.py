@@ -108,6 +108,17 @@ def test_bad_forward(arguments, exception, message):
         random_model().forward(*arguments)
 
 
+def test_a_cache_of_another_model_is_refused():
+    model = random_model(windows=(4, None))
+    others = [random_model(windows=(None, None)), random_model(windows=(4,), layers=1)]
+    others.append(random_model(windows=(4, None), dtype=torch.float32))
+    for other in others:
+        with pytest.raises(ValueError, match="cache must come from this model's new_cache"):
+            model.forward(torch.tensor([1]), [1], other.new_cache(1, 4))
+    with pytest.raises(TypeError, match="cache must be a KVCache, got dict"):
+        model.forward(torch.tensor([1]), [1], {})
+
+
 def test_wrong_number_of_sequences_for_the_cache():
     model = random_model()
     with pytest.raises(ValueError, match="seqlens must have the cache's 2 entries, got 1"):
@@ -121,6 +132,7 @@ def test_wrong_number_of_sequences_for_the_cache():
         ({"max_batch_size": 1.5}, TypeError, "max_batch_size must be an int, got float"),
         ({"dtype": torch.int8}, ValueError, "dtype must be one of"),
         ({"backend": "fast"}, ValueError, "backend must be 'auto' or one of"),
+        ({"device": "gpu"}, ValueError, "device must be a torch device, got 'gpu'"),
     ],
 )
 def test_bad_construction(kwargs, exception, message):

@@ -1,4 +1,4 @@
-"""The one table of what an op's result may differ by; no test carries a tolerance of its own.
+"""The one table of what an op's result may differ by; no test of an op has a tolerance of its own.
 
 The rule is the package's (`mistral_kernels.tolerance`): a result is compared with a float64 oracle
 and may be at most so much worse than plain torch doing the same maths in the result's dtype.

@@ -2,8 +2,7 @@
 //
 // A token costs 2 * hidden * itemsize bytes of memory traffic (x and out; weight and the second
 // pass over the row hit the cache), 4 * hidden * itemsize with a residual (residual and summed on
-// top), and 4 * hidden operations (5 with a residual). It is bound by memory from a few dozen rows
-// on.
+// top), and 4 * hidden operations (5 with a residual).
 #include <cmath>
 
 #include "cpu/convert.h"

@@ -29,7 +29,7 @@ __device__ float block_sum(float value) {
   value = warp_sum(value);
   if (lane == 0) partial[threadIdx.x / kWarpThreads] = value;
   __syncthreads();
-  // Every warp adds the partial sums for itself: cheaper than a second barrier.
+  // Every warp adds the partial sums for itself, which saves a second barrier.
   return warp_sum(lane < kWarps ? partial[lane] : 0.0f);
 }
 

@@ -70,6 +70,7 @@ class KVCache:
                 raise TypeError(f"new_cache: {name} must be an int, got {type(value).__name__}")
             if value < minimum:
                 raise ValueError(f"new_cache: {name} must be >= {minimum}, got {value}")
+        self.config, self.device, self.dtype = config, device, dtype
         self.batch, self.max_tokens, self.lookahead = batch, max_tokens, lookahead
         self.lengths = [0] * batch
         self.starts = [0] * batch

@@ -105,6 +105,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"ModelConfig: head_dim: expected an even number, got {self.head_dim}")
+        if self.yarn is not None and self.rope_theta <= 1:
+            raise ValueError(
+                f"ModelConfig: rope_theta: expected > 1 with yarn, got {self.rope_theta}"
+            )
         if len(self.windows) != self.layers:
             raise ValueError(
                 f"ModelConfig: windows: expected {self.layers} entries, got {len(self.windows)}"

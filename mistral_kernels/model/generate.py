@@ -66,7 +66,7 @@ def stream(
     The arguments are checked at the call, not at the first token.
     """
     sampling = _Sampling(max_tokens, temperature, top_p, top_k, chunk_size, eos_id, prompt_logprobs)
-    _check_sampling(sampling)
+    _check_sampling(sampling, model.config.vocab)
     prompts = _check_prompts(encoded_prompts, model.config.vocab)
     seeds = _seeds(seed, len(prompts))
     waiting = deque(_Sequence(index, prompt, seeds[index]) for index, prompt in enumerate(prompts))
@@ -235,7 +235,7 @@ def _seeds(seed: int | Sequence[int] | None, prompts: int) -> list[int]:
     return [value % 2**64 for value in seeds]
 
 
-def _check_sampling(sampling: _Sampling) -> None:
+def _check_sampling(sampling: _Sampling, vocab: int) -> None:
     for name, minimum in (("max_tokens", 0), ("top_k", 1), ("chunk_size", 1), ("eos_id", 0)):
         value = getattr(sampling, name)
         if value is None and name != "max_tokens":
@@ -244,6 +244,8 @@ def _check_sampling(sampling: _Sampling) -> None:
             raise TypeError(f"generate: {name} must be an int, got {type(value).__name__}")
         if value < minimum:
             raise ValueError(f"generate: {name} must be >= {minimum}, got {value}")
+    if sampling.eos_id is not None and sampling.eos_id >= vocab:
+        raise ValueError(f"generate: eos_id must be in [0, {vocab}), got {sampling.eos_id}")
     if not isinstance(sampling.prompt_logprobs, bool):
         name = type(sampling.prompt_logprobs).__name__
         raise TypeError(f"generate: prompt_logprobs must be a bool, got {name}")

@@ -44,7 +44,8 @@ def sample(
     if temperature == 0:
         return logits.argmax(-1)
     # float64, so that a sum over a large vocabulary still resolves the draw.
-    ordered, order = torch.sort(logits.double() / temperature, dim=-1, descending=True, stable=True)
+    scaled = logits.double() - logits.amax(-1, keepdim=True)  # first, so that nothing overflows
+    ordered, order = torch.sort(scaled / temperature, dim=-1, descending=True, stable=True)
     probabilities = torch.softmax(ordered[:, :top_k], -1)
     reached = probabilities.cumsum(-1)
     # A token stays if those before it do not reach top_p yet; the first always does.
@@ -53,7 +54,7 @@ def sample(
     points = torch.tensor(draws, dtype=torch.float64, device=logits.device) * totals[:, -1]
     chosen = torch.searchsorted(totals, points[:, None], right=True)
     last_kept = kept.sum(-1, keepdim=True) - 1  # rounding may carry a point past the end
-    return order.gather(-1, chosen.clamp(max=last_kept)).squeeze(-1)
+    return order.gather(-1, chosen.clamp(max=last_kept).clamp(min=0)).squeeze(-1)
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:

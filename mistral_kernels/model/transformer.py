@@ -53,7 +53,12 @@ class Transformer(nn.Module):
         if dtype is not None and dtype not in FLOATS:
             expected = ", ".join(map(str, FLOATS))
             raise ValueError(f"Transformer: dtype must be one of {expected}, got {dtype}")
-        device = torch.get_default_device() if device is None else torch.device(device)
+        try:
+            device = torch.get_default_device() if device is None else torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"Transformer: device must be a torch device, got {device!r}"
+            ) from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(
                 f"Transformer: device must be available, got {device} and no CUDA device"
@@ -145,6 +150,11 @@ class Transformer(nn.Module):
         )
         feed_forward = ("route_experts", "expert_mlp") if config.experts else ("silu_mul",)
         attention = ("rope_", "store_kv_", "prefill_attention", "decode_attention")
+        if backend not in ("auto", *dispatch.BACKENDS):
+            raise ValueError(
+                f"Transformer: backend must be 'auto' or one of {dispatch.BACKENDS},"
+                f" got {backend!r}"
+            )
         chosen = {
             op: dispatch.prefer(
                 op,
@@ -287,6 +297,14 @@ class Transformer(nn.Module):
                     f" got {low if low < 0 else high}"
                 )
         if cache is not None:
+            if not isinstance(cache, KVCache):
+                raise TypeError(f"forward: cache must be a KVCache, got {type(cache).__name__}")
+            ours = (self.config, self.device, self.dtype)
+            if (cache.config, cache.device, cache.dtype) != ours:
+                raise ValueError(
+                    "forward: cache must come from this model's new_cache, got one in"
+                    f" {cache.dtype} on {cache.device} for {cache.config}"
+                )
             if len(seqlens) != cache.batch:
                 raise ValueError(
                     f"forward: seqlens must have the cache's {cache.batch} entries,"

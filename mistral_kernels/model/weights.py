@@ -190,7 +190,7 @@ class Checkpoint:
         """
         check_parameters(parameters, self.config)
         columns = ("loading", BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        console, quiet = Console(stderr=True), not sys.stderr.isatty()
+        console, quiet = Console(stderr=True), not (sys.stderr and sys.stderr.isatty())
         with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
             bar = progress.add_task("", total=self.nbytes)
             for path, tensors in groupby(self._tensors, key=lambda pair: pair[0].path):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
@@ -52,6 +53,12 @@ class Arguments:
         self.is_tensor(name, value)
         if self.device is None:
             self.device = value.device
+        # No op has a forward-mode derivative; without this it would silently be zero.
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(
+                f"{self.op}: {name} carries a forward-mode tangent, which no op supports;"
+                " use reverse mode"
+            )
         if value.device != self.device:
             raise ValueError(f"{self.op}: {name} must be on {self.device}, got {value.device}")
         if value.dtype not in dtypes:
@@ -137,8 +144,19 @@ class Arguments:
             expected = f"batch + 1 = {batch + 1}" if batch >= 0 else "at least 1"
             raise ValueError(f"{self.op}: {name} must have length {expected}, got {len(value)}")
 
+    def written(self, name: str, value: Tensor) -> None:
+        """Checks a tensor that is written in place: no two elements may share memory."""
+        if any(
+            size > 1 and not step for size, step in zip(value.shape, value.stride(), strict=True)
+        ):
+            raise ValueError(
+                f"{self.op}: {name} must not be an expanded view, it is written in place;"
+                f" got strides {value.stride()}"
+            )
+
     def scale(self, scale: float | None, head_dim: int) -> float:
         """The factor of q . k, head_dim ** -0.5 unless given."""
+        self.integer("head_dim", head_dim, 1)
         if scale is None:
             return head_dim**-0.5
         self.positive("scale", scale)

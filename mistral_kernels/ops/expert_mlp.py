@@ -135,6 +135,7 @@ def expert_mlp(
     check.tensor("x", x, ("tokens", "hidden"))
     check.tensor("w2", w2, ("experts", "hidden", "ffn_dim"), (x.dtype,))
     check.tensor("w13", w13, ("experts", 2 * w2.shape[2], "hidden"), (x.dtype,))
+    check.integer("w2.shape[1] (hidden)", w2.shape[1], 1)
     check.tensor("weights", weights, ("tokens", "top_k"), (compute_dtype(x.dtype),))
     check.integer("weights.shape[1] (top_k)", weights.shape[1], 1)
     check.tensor("expert_ids", expert_ids, ("tokens", "top_k"), (torch.int32,))

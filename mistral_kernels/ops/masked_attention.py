@@ -43,6 +43,23 @@ def attention_probabilities(
     return weights / total.masked_fill(total == 0, 1), lse
 
 
+def weighted_values(weights: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """Sums weights * v over the keys each query sees: (queries, kv_heads, group, head_dim).
+
+    A masked value is left out, not multiplied by its weight 0: 0 * NaN would be NaN. So values that
+    are not finite are taken out of the product and added only where they are visible.
+    """
+    finite = v.isfinite()
+    out = torch.einsum("hgqk,khd->qhgd", weights, v.where(finite, 0))
+    odd = (~finite).flatten(1).any(1).nonzero().squeeze(-1)
+    if len(odd):
+        terms = torch.einsum(
+            "hgqk,khd->qkhgd", weights[..., odd], v[odd].masked_fill(finite[odd], 0)
+        )
+        out = out + terms.where(visible[:, odd, None, None, None], 0).sum(1)
+    return out
+
+
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -54,7 +71,7 @@ def masked_attention(
     dtype = compute_dtype(q.dtype)
     grouped = q.to(dtype).view(queries, k.shape[1], -1, head_dim)
     weights, lse = attention_probabilities(grouped, k.to(dtype), visible, scale)
-    out = torch.einsum("hgqk,khd->qhgd", weights, v.to(dtype))
+    out = weighted_values(weights, v.to(dtype), visible)
     return (
         out.reshape(q.shape).to(q.dtype),
         lse.permute(2, 0, 1).reshape(queries, q_heads).float(),

@@ -138,10 +138,21 @@ def _check_values(
     if k_cache is None:
         return
     capacity = block_table.shape[1] * k_cache.shape[1]
+
+    def start_of(sequence: int) -> int:
+        return 0 if starts is None else int(starts[sequence])
+
     for b, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
         low, context, total = _key_range(
             b, end - begin, k, k_cache, block_table, context_lens, starts, window
         )
+        first = max(0, 0 if window is None else context - window + 1, start_of(b))
+        if k is None and end - begin > 1 and first < low:
+            raise ValueError(
+                f"prefill_attention: k and v must be given, or the ring keep a lookahead of"
+                f" {end - begin - 1} tokens, for sequence {b}: its capacity is {capacity} and its"
+                f" first row sees back to position {first}, which was overwritten"
+            )
         slots = ring_slots(torch.arange(low, max(low, total if k is None else context)), capacity)
         check_pages("prefill_attention", block_table, torch.full_like(slots, b), slots, k_cache)
 

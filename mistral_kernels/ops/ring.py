@@ -102,6 +102,8 @@ def check_cache(
     dims = ("pages", "page_size", "kv_heads", "head_dim")
     check.tensor("k_cache", k_cache, dims, (dtype, *QUANTISED))
     check.tensor("v_cache", v_cache, dims, (k_cache.dtype,))
+    check.written("k_cache", k_cache)
+    check.written("v_cache", v_cache)
     check.tensor("block_table", block_table, ("batch", "pages_per_seq"), (torch.int32,))
     if check.sizes["pages_per_seq"] < 1 or check.sizes["page_size"] < 1:
         raise ValueError(

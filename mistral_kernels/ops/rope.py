@@ -100,11 +100,12 @@ def check_rope_tables(
             f" got {cos.shape[1]} columns (for head_dim={2 * cos.shape[1]})"
         )
     check.tensor("sin", sin, ("max_positions", "head_dim / 2"), table_dtype)
+    check.integer("cos.shape[0] (max_positions)", cos.shape[0], 1)
     if q_scale is not None:
         check.tensor("q_scale", q_scale, ("max_positions",), table_dtype)
 
 
-def _check(op, q, k, cos, sin, positions, interleaved, q_scale, backend) -> None:
+def _check(op, q, k, cos, sin, positions, interleaved, q_scale, backend) -> Arguments:
     check = Arguments(op)
     check.tensor("q", q, ("tokens", "q_heads", "head_dim"))
     check.tensor("k", k, ("tokens", "kv_heads", "head_dim"), (q.dtype,))
@@ -112,6 +113,7 @@ def _check(op, q, k, cos, sin, positions, interleaved, q_scale, backend) -> None
     check.tensor("positions", positions, ("tokens",), (torch.int32,))
     check.flag("interleaved", interleaved)
     check.backend(backend)
+    return check
 
 
 def rope(
@@ -180,6 +182,8 @@ def rope_(
 
     Source: Su et al. 2021, arXiv 2104.09864.
     """
-    _check("rope_", q, k, cos, sin, positions, interleaved, q_scale, backend)
+    check = _check("rope_", q, k, cos, sin, positions, interleaved, q_scale, backend)
+    check.written("q", q)
+    check.written("k", k)
     _rope_(q, k, cos, sin, positions, interleaved, q_scale, backend)
     return q, k
