@@ -8,6 +8,7 @@ import oracle
 import peer
 import pytest
 import torch
+from launcher import launch_rms_norm
 from tolerance import assert_close, assert_same
 
 _C = pytest.importorskip("mistral_kernels._C", reason="installed without a C++ compiler")
@@ -23,18 +24,7 @@ needs_cuda_code = pytest.mark.skipif(not HAS_CUDA, reason="_C was built without 
 def rms_norm_cpu(x, weight, residual=None):
     """(normed, summed) by the C++ launcher on 2-D tensors."""
     normed, summed = x.new_full(x.shape, torch.nan), x.new_full(x.shape, torch.nan)
-    _C.rms_norm_cpu(
-        x.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        weight.data_ptr(),
-        normed.data_ptr(),
-        0 if residual is None else summed.data_ptr(),
-        *x.shape,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        EPS,
-        DTYPES.index(x.dtype),
-    )
+    launch_rms_norm(_C.rms_norm_cpu, x, weight, residual, normed, summed, EPS)
     return normed, summed
 
 

@@ -7,6 +7,7 @@ import peer
 import pytest
 import torch
 from emulator.host_build import CORE_VARIABLE, build_core, emulated_core, missing, run_sanitized
+from launcher import launch_rms_norm
 from tolerance import assert_close, assert_same
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -26,20 +27,8 @@ def emulate(x, weight, residual=None, device=0):
     """(normed, summed) by the CUDA kernel; checks that nothing beside them was written."""
     normed, normed_buffer = guarded(*x.shape, x.dtype)
     summed, summed_buffer = guarded(*x.shape, x.dtype)
-    emulated_core().rms_norm_cuda(
-        x.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        weight.data_ptr(),
-        normed.data_ptr(),
-        0 if residual is None else summed.data_ptr(),
-        *x.shape,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        EPS,
-        DTYPES.index(x.dtype),
-        device,
-        0,
-    )
+    launch = emulated_core().rms_norm_cuda
+    launch_rms_norm(launch, x, weight, residual, normed, summed, EPS, device, 0)
     for buffer in (normed_buffer, summed_buffer):
         assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()
     return normed, summed
