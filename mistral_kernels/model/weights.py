@@ -204,7 +204,7 @@ class Checkpoint:
 def _native_files(folder: Path) -> list[Path]:
     single = folder / "consolidated.safetensors"
     shards = sorted(folder.glob("consolidated-*-of-*.safetensors"))
-    return [single] if single.exists() else shards or _refuse_pickles(folder)
+    return [single] if single.exists() else shards or _no_files(folder, "consolidated*.safetensors")
 
 
 def _huggingface_files(folder: Path) -> list[Path]:
@@ -212,7 +212,7 @@ def _huggingface_files(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     if not index.exists():
-        return _refuse_pickles(folder)
+        return _no_files(folder, "model.safetensors or its index")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map: expected an object, got {weight_map!r:.80}")
@@ -226,17 +226,15 @@ def _huggingface_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(weight_map.values()))]
 
 
-def _refuse_pickles(folder: Path) -> list[Path]:
+def _no_files(folder: Path, wanted: str) -> list[Path]:
     """Raises the error for a folder with no safetensors file of its layout."""
     for pattern in ("*.pth", "*.pt", "*.bin"):
         for pickle in sorted(folder.glob(pattern)):
             raise ValueError(
-                f"{folder}: holds {pickle.name} and no safetensors; pickles are not read, "
+                f"{folder}: holds {pickle.name} and no {wanted}; pickles are not read, "
                 "convert them to safetensors"
             )
-    raise FileNotFoundError(
-        f"{folder}: holds no consolidated*.safetensors and no model.safetensors or its index"
-    )
+    raise FileNotFoundError(f"{folder}: holds no {wanted}")
 
 
 def _assign(
