@@ -148,7 +148,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["native", "huggingface"])
 def test_pickles(tmp_path: Path, name: str, layout: str) -> None:
     (tmp_path / name).write_bytes(b"")
-    wanted = {"native": "consolidated*.safetensors", "huggingface": "model.safetensors"}[layout]
+    wanted = {"native": r"consolidated\*.safetensors", "huggingface": "model.safetensors"}[layout]
     refused(tmp_path, f"holds {name} and no {wanted}", layout)
     refused(tmp_path, "pickles are not read", layout)
 
