@@ -146,6 +146,20 @@ def test_poison_that_no_query_sees_has_no_effect(poison, dtype, backend, device)
         assert_same(got, want, name)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_the_reference_leaves_out_what_a_query_masks(value, device):
+    # A kernel may spread the NaN of a live key over its tile; the reference selects by query.
+    scene = make_scene(INFLUENCE, device=device)
+    out, _ = scene.prefill(backend="reference")
+    for position in range(5, 13):
+        changed, _ = make_changed(scene, position, value).prefill(backend="reference")
+        for row, query in enumerate(range(9, 13)):
+            if query - 5 < position <= query:
+                assert not changed[row].isfinite().all()
+            else:
+                assert_same(changed[row], out[row], f"query {query}, key {position}")
+
+
 def make_changed(scene: Scene, position: int, value: float) -> Scene:
     """Return the scene of one sequence with key and value at `position` replaced."""
     changed = replace(scene, qkv=scene.qkv.clone(), ring=scene.ring.copy())

@@ -200,6 +200,24 @@ def test_refuses_with_a_quantised_cache(case):
     refusal.check(ops.prefill_attention, VALID_INT8, case)
 
 
+@pytest.mark.parametrize("window", [4, None])
+def test_refuses_stored_chunks_without_the_lookahead(window):
+    ring = {"k_cache": torch.zeros(3, 2, 2, 8), "v_cache": torch.zeros(3, 2, 2, 8)}
+    ring["block_table"] = torch.tensor([[0, 1, 2]], dtype=torch.int32)  # 6 slots
+
+    def call(tokens: int, context: int):
+        lens = torch.tensor([context], dtype=torch.int32)
+        offsets = torch.tensor([0, tokens], dtype=torch.int32)
+        q = torch.zeros(tokens, 2, 8)
+        return ops.prefill_attention(
+            q, None, None, offsets, **ring, context_lens=lens, window=window
+        )
+
+    call(3, 7 if window else 3)  # 4 + 3 - 1 slots, or all 6 positions: enough
+    with pytest.raises(ValueError, match="the ring keep a lookahead of 3 tokens, for sequence 0"):
+        call(4, 7 if window else 3)
+
+
 def test_refuses_mask_free_attention_with_a_window():
     call = {**ALONE, "causal": False}
     refusal.check(ops.prefill_attention, call, refusal.Case("window", 3, "causal", "False"))

@@ -49,15 +49,13 @@ def weighted_values(weights: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     A masked value is left out, not multiplied by its weight 0: 0 * NaN would be NaN. So values that
     are not finite are taken out of the product and added only where they are visible.
     """
+    if v.sum().isfinite():  # the sum carries any NaN or inf; all is well
+        return torch.einsum("hgqk,khd->qhgd", weights, v)
     finite = v.isfinite()
     out = torch.einsum("hgqk,khd->qhgd", weights, v.where(finite, 0))
     odd = (~finite).flatten(1).any(1).nonzero().squeeze(-1)
-    if len(odd):
-        terms = torch.einsum(
-            "hgqk,khd->qkhgd", weights[..., odd], v[odd].masked_fill(finite[odd], 0)
-        )
-        out = out + terms.where(visible[:, odd, None, None, None], 0).sum(1)
-    return out
+    terms = torch.einsum("hgqk,khd->qkhgd", weights[..., odd], v[odd].masked_fill(finite[odd], 0))
+    return out + terms.where(visible[:, odd, None, None, None], 0).sum(1)
 
 
 def masked_attention(
