@@ -21,7 +21,7 @@ from torch import Tensor
 from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.sampling import logprobs_of, sample, uniform_draw
 from mistral_kernels.model.transformer import Transformer
-from mistral_kernels.ops.checks import is_int
+from mistral_kernels.ops.checks import is_int, is_number
 
 Event = tuple[int, int, float]  # sequence, token, logprob
 
@@ -251,7 +251,7 @@ def _check_sampling(sampling: _Sampling, vocab: int) -> None:
         raise TypeError(f"generate: prompt_logprobs must be a bool, got {name}")
     for name in ("temperature", "top_p"):
         value = getattr(sampling, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not is_number(value):
             raise TypeError(f"generate: {name} must be a float, got {type(value).__name__}")
     if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
         raise ValueError(

@@ -22,6 +22,7 @@ from mistral_kernels.model.weights import (
     open_safetensors,
     read_headers,
 )
+from mistral_kernels.ops.checks import is_number
 
 # Adapters exist for these matrices only: never for embeddings, norms, output or the MoE gate.
 ADAPTER_KEY = re.compile(
@@ -61,7 +62,7 @@ def merge_lora(
         ValueError: the scaling is not finite, or the file is malformed, holds no adapter, half an
             adapter, or one that does not fit the model; file and key are named.
     """
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+    if not is_number(scaling):
         raise TypeError(f"merge_lora: scaling: expected a number, got {type(scaling).__name__}")
     if not math.isfinite(scaling):
         raise ValueError(f"merge_lora: scaling: expected a finite number, got {scaling!r}")

@@ -7,12 +7,10 @@ int32 buffer, so that a GPU gets them in a single copy.
 Three sequences with 4, 0 and 9 tokens in the cache feed 1, 3 and 0 tokens:
 
 >>> step = plan_step([1, 3, 0], [4, 0, 9], [0, 0, 0], True, torch.device("cpu"))
->>> step.positions.tolist()
-[4, 0, 1, 2]
->>> step.decode.rows.tolist(), step.decode.sequences.tolist()
-([0], [0])
->>> step.prefill.rows.tolist(), step.prefill.cu_seqlens.tolist()
-([1, 2, 3], [0, 3])
+>>> step.decode.rows.tolist(), step.decode.sequences.tolist(), step.decode.positions.tolist()
+([0], [0], [4])
+>>> step.prefill.rows.tolist(), step.prefill.cu_seqlens.tolist(), step.prefill.positions.tolist()
+([1, 2, 3], [0, 3], [0, 1, 2])
 """
 
 from __future__ import annotations
@@ -48,7 +46,6 @@ class PrefillRows(NamedTuple):
 
 
 class Step(NamedTuple):
-    positions: Tensor  # (tokens,)
     last_rows: Tensor  # (batch,), the last packed row of each sequence; -1 if it feeds none
     decode: DecodeRows | None
     prefill: PrefillRows | None
@@ -71,7 +68,6 @@ def plan_step(
         "prefill": [b for b, n in enumerate(seqlens) if n > 1 or (n == 1 and not cached)],
     }
     fields: dict[str, list[int]] = {
-        "positions": positions,
         "last_rows": [end - 1 if n else -1 for n, end in zip(seqlens, offsets[1:], strict=True)],
     }
     for name, group in groups.items():
@@ -99,7 +95,7 @@ def plan_step(
     if groups["prefill"]:
         ragged = (on_device["prefill.cu_seqlens"], on_device["prefill.context_lens"])
         prefill = PrefillRows(**select("prefill"), cu_seqlens=ragged[0], context_lens=ragged[1])
-    return Step(on_device["positions"], on_device["last_rows"], decode, prefill)
+    return Step(on_device["last_rows"], decode, prefill)
 
 
 def _one_copy(fields: dict[str, list[int]], device: torch.device) -> dict[str, Tensor]:

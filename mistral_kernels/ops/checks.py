@@ -23,6 +23,11 @@ def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_number(value: object) -> bool:
+    """Whether `value` is an int or a float and no bool."""
+    return isinstance(value, float) or is_int(value)
+
+
 class Arguments:
     """Checks the arguments of one call. A dimension's name is bound by its first use.
 
@@ -100,7 +105,7 @@ class Arguments:
 
     def positive(self, name: str, value: float, *, zero: bool = False) -> None:
         """Checks a finite float > 0 (or >= 0 with `zero`)."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not is_number(value):
             raise TypeError(f"{self.op}: {name} must be a float, got {type(value).__name__}")
         if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
             bound = ">= 0" if zero else "> 0"

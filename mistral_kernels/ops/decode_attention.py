@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mistral_kernels.ops.checks import Arguments, compute_dtype
 from mistral_kernels.ops.dispatch import define
-from mistral_kernels.ops.masked_attention import masked_attention
+from mistral_kernels.ops.masked_attention import empty_outputs, masked_attention
 from mistral_kernels.ops.ring import check_cache, check_pages, read_ring, ring_slots, write_ring
 from mistral_kernels.ops.rope import check_rope_positions, check_rope_tables, rope_reference
 
@@ -72,10 +72,6 @@ def decode_attention_reference(
     return out, lse
 
 
-def _fake(q: Tensor, *_) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-
-
 def _facts(q, k, v, k_cache, *_):
     return (
         ("head_dim", q.shape[2]),
@@ -107,7 +103,7 @@ _decode_attention = define(
     " Tensor? q_scale, float scale, Tensor? k_scale, Tensor? v_scale, Tensor(c!)? workspace,"
     " bool batch_invariant",
     "(Tensor, Tensor)",
-    fake=_fake,
+    fake=empty_outputs,
     cells={"reference": decode_attention_reference},
     facts=_facts,
     check_values=_check_values,

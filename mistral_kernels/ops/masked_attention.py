@@ -24,6 +24,11 @@ def visible_keys(
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
+def empty_outputs(q: Tensor, *_) -> tuple[Tensor, Tensor]:
+    """Uninitialised out (rows, q_heads, head_dim) in q's dtype and lse (rows, q_heads) float32."""
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
 def attention_probabilities(
     q: Tensor, k: Tensor, visible: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

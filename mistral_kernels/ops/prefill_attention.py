@@ -18,6 +18,7 @@ from mistral_kernels.ops.checks import Arguments, compute_dtype
 from mistral_kernels.ops.dispatch import define
 from mistral_kernels.ops.masked_attention import (
     attention_probabilities,
+    empty_outputs,
     masked_attention,
     visible_keys,
 )
@@ -68,7 +69,7 @@ def prefill_attention_reference(
     v_scale: Tensor | None,
     batch_invariant: bool,  # holds always: each sequence is worked alone, in blocks of fixed size
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _fake(q)
+    out, lse = empty_outputs(q)
     dtype = compute_dtype(q.dtype)
     for b, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
         span = _key_range(b, end - begin, k, k_cache, block_table, context_lens, starts, window)
@@ -121,10 +122,6 @@ def prefill_attention_backward(
     return d_q, d_k, d_v
 
 
-def _fake(q: Tensor, *_) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-
-
 def _facts(q, k, v, cu_seqlens, k_cache, *_):
     kv = k if k is not None else k_cache
     facts = (("head_dim", q.shape[2]), ("group", q.shape[1] // max(1, kv.shape[-2])))
@@ -138,15 +135,12 @@ def _check_values(
     if k_cache is None:
         return
     capacity = block_table.shape[1] * k_cache.shape[1]
-
-    def start_of(sequence: int) -> int:
-        return 0 if starts is None else int(starts[sequence])
-
     for b, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
         low, context, total = _key_range(
             b, end - begin, k, k_cache, block_table, context_lens, starts, window
         )
-        first = max(0, 0 if window is None else context - window + 1, start_of(b))
+        # What the first row sees if nothing had been overwritten: the range without a ring.
+        first, _, _ = _key_range(b, end - begin, k, None, None, context_lens, starts, window)
         if k is None and end - begin > 1 and first < low:
             raise ValueError(
                 f"prefill_attention: k and v must be given, or the ring keep a lookahead of"
@@ -163,7 +157,7 @@ _prefill_attention = define(
     " Tensor? block_table, Tensor? context_lens, Tensor? starts, int? window, bool causal,"
     " float scale, Tensor? k_scale, Tensor? v_scale, bool batch_invariant",
     "(Tensor, Tensor)",
-    fake=_fake,
+    fake=empty_outputs,
     cells={"reference": prefill_attention_reference},
     facts=_facts,
     check_values=_check_values,
