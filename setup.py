@@ -5,6 +5,7 @@ code), TORCH_CUDA_ARCH_LIST, MAX_JOBS.
 """
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -21,6 +22,17 @@ from setuptools.errors import CompileError, OptionError
 
 DEFAULT_ARCHS = "8.0+PTX;9.0a"  # A100; H100 and H200; anything newer through the PTX
 OLDEST_CUDA = (12, 4)
+# Each file of csrc/cpu is compiled once for each of these; csrc/launchers.h lists the same names.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+PATH_MACRO = "MISTRAL_KERNELS_PATH"
+INSTRUCTION_SETS = {"portable": []}
+if platform.machine() == "x86_64":
+    INSTRUCTION_SETS |= {
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    }
 WAY_OUT = "MISTRAL_KERNELS_CUDA=0 installs without CUDA code, CXX=none without any compiled code."
 
 
@@ -109,6 +121,9 @@ class NinjaBuild(build_ext):
         ]
         # Nobody reads floating-point exceptions or errno; keeping them would block SIMD code.
         flags += ["-fno-trapping-math", "-fno-math-errno"]
+        # Vectors never cross a library's border, where their ABI would matter; and GCC 12 sees
+        # uninitialised variables inside its own vector headers.
+        flags += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
         includes = ["-Icsrc", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
         defines = [f'-DMISTRAL_KERNELS_CUDA="{archs}"'] if nvcc else []
         link = [*cxx, "-shared"]
@@ -117,7 +132,7 @@ class NinjaBuild(build_ext):
         ninja.rule(
             "cxx",
             escape(shlex.join([*cxx, *flags, *includes, *defines, *depfile]))
-            + " $out.d -c $in -o $out",
+            + " $out.d $path -c $in -o $out",
             depfile="$out.d",
             deps="gcc",
         )
@@ -140,13 +155,19 @@ class NinjaBuild(build_ext):
             )
         ninja.rule("link", escape(shlex.join(link)) + " $in -o $out")
 
-        sources = {"cxx": sorted(Path("csrc").rglob("*.cpp"))}
-        if nvcc:
-            sources["nvcc"] = sorted(Path("csrc").rglob("*.cu"))
         objects = []
-        for rule, paths in sources.items():
-            for path in paths:
-                objects += ninja.build(f"{self.build_temp}/{path}.o", rule, str(path))
+
+        def compile(rule: str, source: Path, suffix: str = "", flags: str = "") -> None:
+            out = f"{self.build_temp}/{source}{suffix}.o"
+            objects.extend(ninja.build(out, rule, str(source), variables={"path": flags}))
+
+        for source in sorted(Path("csrc").glob("*.cpp")):
+            compile("cxx", source)
+        for source in sorted(Path("csrc/cpu").glob("*.cpp")):
+            for name, extra in INSTRUCTION_SETS.items():
+                compile("cxx", source, f".{name}", shlex.join([*extra, f"-D{PATH_MACRO}={name}"]))
+        for source in sorted(Path("csrc").rglob("*.cu")) if nvcc else ():
+            compile("nvcc", source)
         ninja.build(str(target), "link", objects)
 
     def run_ninja(self, build_file: Path) -> None:

@@ -1,11 +1,16 @@
 // mistral_kernels._C: the launchers as Python functions on integers. The only pybind11 file.
 //
 // Pointers and streams arrive as integers (Tensor.data_ptr(), Stream.cuda_stream), strides in
-// elements, dtypes as Dtype's values. Nothing is checked here: the ops in Python do that.
+// elements, dtypes as Dtype's values. Nothing is checked here: the ops in Python do that. CPU
+// functions take two more integers at the end, threads and an index of instruction_sets(), CUDA
+// functions device and stream.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "launchers.h"
 
@@ -16,43 +21,69 @@ namespace {
 
 using Address = std::uintptr_t;  // of the first element; 0 where a tensor is absent
 
-RmsNorm rms_norm_args(Address x, Address residual, Address weight, Address out, Address summed,
-                      int64_t tokens, int64_t hidden, int64_t stride_x_token,
-                      int64_t stride_residual_token, double eps, int dtype) {
-  return {reinterpret_cast<const void*>(x),
-          reinterpret_cast<const void*>(residual),
-          reinterpret_cast<const void*>(weight),
-          reinterpret_cast<void*>(out),
-          reinterpret_cast<void*>(summed),
-          tokens,
-          hidden,
-          stride_x_token,
-          stride_residual_token,
-          static_cast<float>(eps),
-          static_cast<Dtype>(dtype)};
+// The instruction sets that this machine runs, oldest first.
+std::vector<std::string> instruction_sets() {
+#define MISTRAL_KERNELS_NAME(path, ...) #path,
+  std::vector<std::string> names = {MISTRAL_KERNELS_PATHS(MISTRAL_KERNELS_NAME, )};
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  names.resize(std::min<size_t>(names.size(), 1 + avx2 + avx512 + bf16));
+#endif
+  return names;
 }
 
-void rms_norm_cpu(Address x, Address residual, Address weight, Address out, Address summed,
-                  int64_t tokens, int64_t hidden, int64_t stride_x_token,
-                  int64_t stride_residual_token, double eps, int dtype) {
-  cpu::rms_norm(rms_norm_args(x, residual, weight, out, summed, tokens, hidden, stride_x_token,
-                              stride_residual_token, eps, dtype));
+template <typename Args>
+using CpuLauncher = void (*)(const Args& args, int threads);
+
+// A Python function that takes what `pack` takes, then threads and an index of instruction_sets().
+template <typename Args, typename... Fields>
+auto on_cpu(Args (*pack)(Fields...), std::vector<CpuLauncher<Args>> launchers) {
+  launchers.resize(instruction_sets().size());
+  return [pack, launchers](Fields... fields, int threads, size_t path) {
+    launchers.at(path)(pack(fields...), threads);
+  };
 }
+#define MISTRAL_KERNELS_LAUNCHER(path, op) cpu::path::op,
+#define MISTRAL_KERNELS_ON_CPU(op) \
+  on_cpu(&op##_args, {MISTRAL_KERNELS_PATHS(MISTRAL_KERNELS_LAUNCHER, op)})
 
 #ifdef MISTRAL_KERNELS_CUDA
-void rms_norm_cuda(Address x, Address residual, Address weight, Address out, Address summed,
-                   int64_t tokens, int64_t hidden, int64_t stride_x_token,
-                   int64_t stride_residual_token, double eps, int dtype, int device,
-                   Address stream) {
-  cuda::rms_norm(rms_norm_args(x, residual, weight, out, summed, tokens, hidden, stride_x_token,
-                               stride_residual_token, eps, dtype),
-                 device, reinterpret_cast<void*>(stream));
+// A Python function that takes what `pack` takes, then device and stream.
+template <typename Args, typename... Fields>
+auto on_cuda(Args (*pack)(Fields...),
+             void (*launcher)(const Args& args, int device, void* stream)) {
+  return [pack, launcher](Fields... fields, int device, Address stream) {
+    launcher(pack(fields...), device, reinterpret_cast<void*>(stream));
+  };
 }
 
 py::tuple cuda_versions() {
   return py::make_tuple(cuda::driver_version(), cuda::runtime_version());
 }
 #endif
+
+// Becomes a pointer of the type that a struct's field has.
+struct At {
+  Address address;
+  template <typename T>
+  operator T*() const {
+    return reinterpret_cast<T*>(address);
+  }
+};
+
+// ---- The arguments of each op, in the order of its struct in launchers.h.
+
+RmsNorm rms_norm_args(Address x, Address residual, Address weight, Address out, Address summed,
+                      int64_t tokens, int64_t hidden, int64_t stride_x_token,
+                      int64_t stride_residual_token, float eps, int dtype) {
+  return {
+      At{x},          At{residual},          At{weight}, At{out},     At{summed}, tokens, hidden,
+      stride_x_token, stride_residual_token, eps,        Dtype(dtype)};
+}
 
 std::string compiler() {
 #ifdef __clang__
@@ -84,10 +115,11 @@ PYBIND11_MODULE(_C, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.doc() = "C++ and CUDA kernels of mistral_kernels on raw pointers; import torch first.";
   m.def("build_info", &build_info, "What this extension was built with; None where not built.");
-  m.def("rms_norm_cpu", &rms_norm_cpu, no_gil);
+  m.def("instruction_sets", &instruction_sets, "What this machine runs of what was built.");
+  m.def("rms_norm_cpu", MISTRAL_KERNELS_ON_CPU(rms_norm), no_gil);
 #ifdef MISTRAL_KERNELS_CUDA
   m.def("cuda_versions", &cuda_versions, "(driver, runtime), 13000 for 13.0; driver 0 if absent.");
-  m.def("rms_norm_cuda", &rms_norm_cuda, no_gil);
+  m.def("rms_norm_cuda", on_cuda(&rms_norm_args, &cuda::rms_norm), no_gil);
 #endif
 }
 

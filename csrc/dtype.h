@@ -3,7 +3,8 @@
 
 namespace mistral_kernels {
 
-// The values are part of the binding: Python passes them as plain integers.
-enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+// The values are part of the binding: Python passes them as plain integers. The last two are
+// formats of a quantised cache only.
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kFloat8 = 4 };
 
 }  // namespace mistral_kernels

@@ -22,9 +22,25 @@ struct RmsNorm {
   Dtype dtype;
 };
 
-namespace cpu {
-void rms_norm(const RmsNorm& args);
-}
+// Each file of csrc/cpu is compiled once for each of these instruction sets (setup.py), oldest
+// first; a machine that runs one runs all before it. Expands to apply(name, ...) for each. A build
+// without CPU kernels defines it as empty.
+#if defined(MISTRAL_KERNELS_PATHS)
+#elif defined(__x86_64__)
+#define MISTRAL_KERNELS_PATHS(apply, ...)                                          \
+  apply(portable, __VA_ARGS__) apply(avx2, __VA_ARGS__) apply(avx512, __VA_ARGS__) \
+      apply(avx512_bf16, __VA_ARGS__)
+#else
+#define MISTRAL_KERNELS_PATHS(apply, ...) apply(portable, __VA_ARGS__)
+#endif
+
+// `threads` of torch's OpenMP pool take part; the bits do not depend on how many.
+#define MISTRAL_KERNELS_DECLARE(path, ...)         \
+  namespace cpu::path {                            \
+  void rms_norm(const RmsNorm& args, int threads); \
+  }
+MISTRAL_KERNELS_PATHS(MISTRAL_KERNELS_DECLARE, )
+#undef MISTRAL_KERNELS_DECLARE
 
 namespace cuda {
 // Runs on `device` and its `stream` (a cudaStream_t). Throws std::runtime_error naming the op.

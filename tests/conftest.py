@@ -2,9 +2,9 @@
 
 A test module names its op as `OP = "rms_norm"`; each of its tests that takes `backend` or `device`
 runs once for every backend with a cell for that op that is available in this process: on CPU
-tensors, and, marked `gpu`, on CUDA tensors where there is a GPU. With TRITON_INTERPRET=1 the Triton
-cells run on the CPU; those tests are marked `interpreter`. A test that takes `dtype` runs for each
-dtype served.
+tensors, and, marked `gpu`, on CUDA tensors where there is a GPU. The `cpu` backend runs once for
+each instruction set that the machine has. With TRITON_INTERPRET=1 the Triton cells run on the CPU;
+those tests are marked `interpreter`. A test that takes `dtype` runs for each dtype served.
 """
 
 import os
@@ -22,13 +22,29 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     round_bf16_to_nearest()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 class Target(NamedTuple):
-    """Where a test runs: a backend's name and the device of its tensors."""
+    """Where a test runs: a backend's name, the device of its tensors, and of `cpu` which code."""
 
     backend: str
     device: str
+    instruction_set: str | None = None
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, self))
+
+
+def targets(op: str) -> list[Target]:
+    """Return all places where `op` might run in this process."""
+    found = []
+    for backend, device in product(dispatch.backends(op), DEVICES):
+        split = backend == "cpu" and dispatch.unavailable("cpu") is None
+        names = dispatch.native_extension().instruction_sets() if split else [None]
+        found += [Target(backend, device, name) for name in names]
+    return found
 
 
 def serves(op: str, target: Target, dtype: torch.dtype) -> bool:
@@ -48,18 +64,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" not in metafunc.fixturenames:
         return
     op, takes_dtype = metafunc.module.OP, "dtype" in metafunc.fixturenames
-    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     cases = [
         pytest.param(
             *((target, dtype) if takes_dtype else (target,)),
-            id="-".join((*target, *((str(dtype).removeprefix("torch."),) if takes_dtype else ()))),
+            id=target.name + (f"-{dtype}".replace("torch.", "") if takes_dtype else ""),
             marks=marks(target),
         )
-        for target in (Target(*pair) for pair in product(dispatch.backends(op), devices))
+        for target in targets(op)
         for dtype in (DTYPES if takes_dtype else DTYPES[:1])
         if serves(op, target, dtype)
     ]
-    metafunc.parametrize(("target", "dtype") if takes_dtype else ("target",), cases)
+    names = ("target", "dtype") if takes_dtype else ("target",)
+    metafunc.parametrize(names, cases, indirect=["target"])
 
 
 def marks(target: Target) -> list[pytest.MarkDecorator]:
@@ -67,6 +83,14 @@ def marks(target: Target) -> list[pytest.MarkDecorator]:
     if target.device == "cuda":
         return [pytest.mark.gpu]
     return [pytest.mark.interpreter] if target.backend == "triton" else []
+
+
+@pytest.fixture
+def target(request, monkeypatch) -> Target:
+    if name := request.param.instruction_set:
+        index = dispatch.native_extension().instruction_sets().index(name)
+        monkeypatch.setattr(dispatch, "instruction_set", lambda: index)
+    return request.param
 
 
 @pytest.fixture

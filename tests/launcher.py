@@ -17,7 +17,7 @@ def launch_rms_norm(
     eps: float,
     *queue: int,
 ) -> None:
-    """Runs a launcher on 2-D tensors; `queue` is device and stream where it takes them."""
+    """Runs a launcher on 2-D tensors; `queue` is what comes last, see csrc/bindings.cpp."""
     launch(
         x.data_ptr(),
         0 if residual is None else residual.data_ptr(),

@@ -11,20 +11,23 @@ import torch
 from launcher import launch_rms_norm
 from tolerance import assert_close, assert_same
 
+from mistral_kernels.ops import dispatch
+
 _C = pytest.importorskip("mistral_kernels._C", reason="installed without a C++ compiler")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
-
+INSTRUCTION_SETS = _C.instruction_sets()
 
 HAS_CUDA = hasattr(_C, "rms_norm_cuda")
 needs_cuda_code = pytest.mark.skipif(not HAS_CUDA, reason="_C was built without CUDA: no nvcc")
 
 
-def rms_norm_cpu(x, weight, residual=None):
+def rms_norm_cpu(x, weight, residual=None, *, instruction_set=INSTRUCTION_SETS[-1]):
     """(normed, summed) by the C++ launcher on 2-D tensors."""
     normed, summed = x.new_full(x.shape, torch.nan), x.new_full(x.shape, torch.nan)
-    launch_rms_norm(_C.rms_norm_cpu, x, weight, residual, normed, summed, EPS)
+    queue = torch.get_num_threads(), INSTRUCTION_SETS.index(instruction_set)
+    launch_rms_norm(_C.rms_norm_cpu, x, weight, residual, normed, summed, EPS, *queue)
     return normed, summed
 
 
@@ -53,7 +56,9 @@ import torch
 from mistral_kernels import _C
 x = torch.randn(64, 512)
 weight, out = torch.ones(512), torch.empty(64, 512)
-_C.rms_norm_cpu(x.data_ptr(), 0, weight.data_ptr(), out.data_ptr(), 0, 64, 512, 512, 0, 1e-5, 0)
+_C.rms_norm_cpu(
+    x.data_ptr(), 0, weight.data_ptr(), out.data_ptr(), 0, 64, 512, 512, 0, 1e-5, 0, 2, 0
+)
 torch.mm(x, x.T)
 maps = open("/proc/self/maps").read().split()
 print(*sorted({path for path in maps if "libgomp" in path or "libomp" in path}), sep="\\n")
@@ -121,17 +126,29 @@ def test_strided_rows(hidden, dtype):
     assert_same(rms_norm_cpu(x, weight)[0], rms_norm_cpu(x.contiguous(), weight)[0], "plain")
 
 
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("hidden", [1, 2**16], ids=["alone", "in vectors"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_every_value_is_converted_as_torch_does(dtype):
-    # One element a row: summed = round(x + 0), for all 65536 bit patterns.
-    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[:, None]
+def test_every_value_is_converted_as_torch_does(dtype, hidden, instruction_set):
+    # summed = round(x + 0), for all 65536 bit patterns.
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, hidden)
     zero = torch.zeros_like(x)
-    _, summed = rms_norm_cpu(x, zero[0], zero)
+    _, summed = rms_norm_cpu(x, zero[0], zero, instruction_set=instruction_set)
     assert torch.equal(summed.isnan(), x.isnan())
     finite = ~x.isnan()
     assert_same(summed[finite], (x + zero)[finite], "converted there and back")
     # Halfway cases: the sum of neighbours in magnitude rounds to even.
     step = torch.roll(x, 1)
-    _, summed = rms_norm_cpu(x, zero[0], step)
+    _, summed = rms_norm_cpu(x, zero[0], step, instruction_set=instruction_set)
     finite = ~(x + step).isnan()
     assert_same(summed[finite], (x + step)[finite], "rounded")
+
+
+def test_instruction_sets_are_those_of_the_machine():
+    assert INSTRUCTION_SETS[0] == "portable"
+    order = ["portable", "avx2", "avx512", "avx512_bf16"]
+    assert INSTRUCTION_SETS == order[: len(INSTRUCTION_SETS)]
+    assert dispatch.instruction_set() == len(INSTRUCTION_SETS) - 1
+    x = torch.ones(1, 8)
+    with pytest.raises(IndexError):
+        launch_rms_norm(_C.rms_norm_cpu, x, x[0], None, x, x, EPS, 1, len(INSTRUCTION_SETS))

@@ -14,6 +14,12 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+struct Int8 {
+  int8_t bits;
+};
+struct Float8 {  // e4m3fn: no infinities, the largest number is 448
+  uint8_t bits;
+};
 
 inline uint32_t bits_of(float value) {
   uint32_t bits;
@@ -68,6 +74,27 @@ inline Float16 from_float<Float16>(float value) {
   const uint32_t finite = magnitude < 0x1p-14f ? subnormal : normal;
   const uint32_t limited = magnitude < 65520.0f ? finite : 0x7c00u;  // 65520 is halfway to 2^16
   return {static_cast<uint16_t>(sign | (value == value ? limited : 0x7e00u))};
+}
+
+// The two formats of a quantised cache saturate.
+template <>
+inline Int8 from_float<Int8>(float value) {
+  const float limited = value < -128.0f ? -128.0f : value < 127.0f ? value : 127.0f;
+  // Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits.
+  return {static_cast<int8_t>(bits_of(limited + 0x1.8p23f) & 0xffu)};
+}
+
+template <>
+inline Float8 from_float<Float8>(float value) {
+  const uint32_t sign = (bits_of(value) >> 24) & 0x80u;
+  const float magnitude = float_of(bits_of(value) & 0x7fffffffu);
+  const float limited = magnitude < 448.0f ? magnitude : 448.0f;
+  const uint32_t bits = bits_of(limited);
+  // As for Float16: the bias changes by 120, and subnormal numbers have units of 2^-9.
+  const uint32_t normal = (bits - (120u << 23) + 0x7ffffu + ((bits >> 20) & 1u)) >> 20;
+  const uint32_t subnormal = bits_of(limited + 0x1p14f) - bits_of(0x1p14f);
+  const uint32_t finite = limited < 0x1p-6f ? subnormal : normal;
+  return {static_cast<uint8_t>(sign | (value == value ? finite : 0x7fu))};
 }
 
 }  // namespace mistral_kernels::cpu

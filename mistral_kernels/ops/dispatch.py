@@ -53,6 +53,17 @@ def native_extension():
 
 
 @functools.cache
+def instruction_set() -> int:
+    """The widest instruction set that the machine has, as an index of `_C.instruction_sets()`."""
+    return len(native_extension().instruction_sets()) - 1
+
+
+def cpu_queue() -> tuple[int, int]:
+    """How the C++ core is to run: threads of torch's pool, and the instruction set."""
+    return torch.get_num_threads(), instruction_set()
+
+
+@functools.cache
 def unavailable(backend: str) -> str | None:
     """Why `backend` cannot run in this process, or None if it can."""
     if backend == "reference":

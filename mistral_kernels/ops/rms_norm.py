@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops.checks import Arguments, compute_dtype
-from mistral_kernels.ops.dispatch import KERNEL_DTYPES, Cell, define, native_extension
+from mistral_kernels.ops.dispatch import (
+    KERNEL_DTYPES,
+    Cell,
+    cpu_queue,
+    define,
+    native_extension,
+)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -73,7 +79,8 @@ def _rms_norm_native(
 
 
 def _rms_norm_cpu(x, residual, weight, eps):
-    return _rms_norm_native(native_extension().rms_norm_cpu, x, residual, weight, eps)
+    launch = native_extension().rms_norm_cpu
+    return _rms_norm_native(launch, x, residual, weight, eps, *cpu_queue())
 
 
 def _rms_norm_cuda(x, residual, weight, eps):

@@ -51,7 +51,7 @@ def compile_object(source: Path, sanitize: bool) -> Path:
     others = [pybind11.get_include(), sysconfig.get_path("include"), toolkit_include()]
     command = ["g++", *FLAGS, *(["-O1", *SANITIZERS] if sanitize else ["-O2"])]
     command += [f"-I{path}" for path in ours] + [f"-isystem{path}" for path in others]
-    command += ['-DMISTRAL_KERNELS_CUDA="emulator"']
+    command += ['-DMISTRAL_KERNELS_CUDA="emulator"', "-DMISTRAL_KERNELS_PATHS(...)="]
     subprocess.run([*command, "-x", "c++", "-c", source, "-o", target], check=True)
     return target
 
@@ -71,8 +71,8 @@ def build(name: str, *sources: Path, sanitize: bool = False) -> Path:
 
 
 def build_core(*, sanitize: bool = False) -> Path:
-    """Builds all of csrc/, as setup.py does."""
-    sources = sorted([*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu")])
+    """Builds csrc/ as setup.py does, without the CPU kernels."""
+    sources = sorted([*CSRC.glob("*.cpp"), *CSRC.rglob("*.cu")])
     return build("_C", *sources, sanitize=sanitize)
 
 

@@ -1,0 +1,36 @@
+// How a CPU launcher picks its element type and its number of threads.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "cpu/convert.h"
+#include "dtype.h"
+
+namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH {
+
+// Calls run(T{}) with the storage type of a dtype that kernels compute in.
+template <typename Run>
+inline void with_dtype(Dtype dtype, Run&& run) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return run(float{});
+    case Dtype::kBFloat16:
+      return run(BFloat16{});
+    case Dtype::kFloat16:
+      return run(Float16{});
+    default:
+      throw std::invalid_argument("dtype: expected float32, bfloat16 or float16");
+  }
+}
+
+// Waking threads costs about 5 us, in which one reads this many elements from its cache.
+constexpr int64_t kElementsAThread = 16384;
+
+// Threads worth waking for work on so many elements.
+inline int team(int threads, int64_t elements) {
+  const int64_t useful = elements / kElementsAThread;
+  return useful < 2 ? 1 : useful < threads ? static_cast<int>(useful) : threads;
+}
+
+}  // namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH

@@ -1,0 +1,206 @@
+// Vectors of floats as wide as the instruction set that this file is compiled for.
+//
+// Every kernel in csrc/cpu is compiled once for each instruction set (setup.py), into a namespace
+// of its own, MISTRAL_KERNELS_PATH: no function may be shared by two of them. Kernels compute in
+// float; `load` widens every storage type and `store` rounds to nearest even.
+#pragma once
+
+#include <utility>
+
+#include "cpu/convert.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+#else
+constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
+#endif
+
+using Floats = float __attribute__((vector_size(kLanes * 4)));
+using Ints = int32_t __attribute__((vector_size(kLanes * 4)));  // as masks: all bits set, or none
+using Words = uint32_t __attribute__((vector_size(kLanes * 4)));
+
+// All lanes x. Subtracting 0 changes no bit, and the compiler knows.
+inline Floats broadcast(float x) { return x - Floats{}; }
+
+inline Words words_of(Floats value) { return reinterpret_cast<Words>(value); }
+inline Floats floats_of(Words bits) { return reinterpret_cast<Floats>(bits); }
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }  // b where one is NaN
+
+// ---- From and to memory: kLanes elements, or the first `count` with zeros behind them.
+
+inline Floats load(const float* from) {
+  Floats value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+// 16- and 8-bit elements, zero-extended. GCC 12 splits __builtin_convertvector to 512 bits in two.
+inline Words load_words(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+#else
+  return Words{from[0], from[1], from[2], from[3]};
+#endif
+}
+
+inline Words load_words(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+  return Words{from[0], from[1], from[2], from[3]};
+#endif
+}
+
+inline Floats load(const BFloat16* from) { return floats_of(load_words(&from->bits) << 16); }
+
+inline Floats load(const Float16* from) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#else
+  return Floats{to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3])};
+#endif
+}
+
+inline Floats load(const Int8* from) {
+  const Words bytes = load_words(reinterpret_cast<const uint8_t*>(from));
+  // The sign bit of the byte becomes that of the int, and comes back down with its copies.
+  return __builtin_convertvector(reinterpret_cast<Ints>(bytes << 24) >> 24, Floats);
+}
+
+inline Floats load(const Float8* from) {
+  const Words bytes = load_words(&from->bits);
+  // As for Float16 in convert.h: exponent and fraction are too small by 2^(127 - 7).
+  const Words magnitude = words_of(floats_of((bytes & 0x7fu) << 20) * 0x1p120f);
+  const Words nan = (bytes & 0x7fu) == 0x7fu ? Words{} + 0x7fc00000u : Words{};
+  return floats_of(magnitude | nan | (bytes & 0x80u) << 24);
+}
+
+inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }
+
+inline void store(BFloat16* to, Floats value) {
+  const Words bits = words_of(value);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words halves = value == value ? rounded : Words{} + 0x7fc0u;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)halves));
+#else
+  for (int i = 0; i < kLanes; ++i) to[i].bits = static_cast<uint16_t>(halves[i]);
+#endif
+}
+
+inline void store(Float16* to, Floats value) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) to[i] = from_float<Float16>(value[i]);
+#endif
+}
+
+template <typename T>
+inline Floats load(const T* from, int64_t count) {
+  if (count >= kLanes) return load(from);
+  T padded[kLanes] = {};
+  std::memcpy(padded, from, count * sizeof(T));
+  return load(padded);
+}
+
+template <typename T>
+inline void store(T* to, Floats value, int64_t count) {
+  if (count >= kLanes) return store(to, value);
+  T padded[kLanes];
+  store(padded, value);
+  std::memcpy(to, padded, count * sizeof(T));
+}
+
+// Calls body(first, count) for each vector of a row; only the last count may be below kLanes.
+template <typename Body>
+inline void for_vectors(int64_t size, Body&& body) {
+  int64_t first = 0;
+  for (; first + kLanes <= size; first += kLanes) body(first, int64_t{kLanes});
+  if (first < size) body(first, size - first);
+}
+
+// ---- Sums across lanes.
+
+template <int... kLane>
+inline Floats shuffle(Floats a, Floats b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kLane...);
+#else
+  return __builtin_shuffle(a, b, Ints{kLane...});
+#endif
+}
+
+template <int... kLane>
+inline Floats add_neighbours(Floats a, Floats b, std::integer_sequence<int, kLane...>) {
+  return shuffle<2 * kLane...>(a, b) + shuffle<2 * kLane + 1 ...>(a, b);
+}
+
+// {a0 + a1, a2 + a3, ..., b0 + b1, ...}
+inline Floats add_neighbours(Floats a, Floats b) {
+  return add_neighbours(a, b, std::make_integer_sequence<int, kLanes>());
+}
+
+// Lane i of the result is the sum of all lanes of rows[i].
+inline Floats sum_each(Floats (&rows)[kLanes]) {
+  for (int left = kLanes; left > 1; left /= 2) {
+    for (int i = 0; i < left / 2; ++i) rows[i] = add_neighbours(rows[2 * i], rows[2 * i + 1]);
+  }
+  return rows[0];
+}
+
+// The sum of all lanes, added in the order of sum_each.
+inline float sum(Floats value) {
+  for (int left = kLanes; left > 1; left /= 2) value = add_neighbours(value, value);
+  return value[0];
+}
+
+// ---- Functions.
+
+// 2^x to about 1 ulp: 0 below -150, inf from 128 on, NaN of NaN.
+inline Floats exp2(Floats x) {
+  x = x < -252.0f ? broadcast(-252.0f) : x;  // far enough, and the exponents below stay in range
+  x = x > 252.0f ? broadcast(252.0f) : x;
+  const Floats shifter = broadcast(0x1.8p23f);  // adding it leaves the integer nearest to x
+  const Floats shifted = x + shifter;
+  const Floats part = x - (shifted - shifter);  // in [-0.5, 0.5]
+  const Ints whole = reinterpret_cast<Ints>(shifted) - reinterpret_cast<Ints>(shifter);
+  // Fitted at Chebyshev's nodes: 5e-9 off before rounding.
+  Floats power = broadcast(1.5461447e-4f);
+  power = power * part + 1.3390867e-3f;
+  power = power * part + 9.6180567e-3f;
+  power = power * part + 5.5503571e-2f;
+  power = power * part + 2.4022651e-1f;
+  power = power * part + 6.9314719e-1f;
+  power = power * part + 1.0f;
+  const Ints half = whole >> 1;  // two factors reach denormal results and infinity
+  return power * reinterpret_cast<Floats>((half + 127) << 23) *
+         reinterpret_cast<Floats>((whole - half + 127) << 23);
+}
+
+constexpr float kLog2E = 1.44269504f;
+
+// x / (1 + e^-x)
+inline Floats silu(Floats x) { return x / (1.0f + exp2(-kLog2E * x)); }
+
+}  // namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH
