@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "launchers.h"
@@ -74,6 +75,21 @@ struct At {
     return reinterpret_cast<T*>(address);
   }
 };
+
+using PagesFields = std::tuple<Address, int64_t, int64_t, int64_t, Address, int64_t>;
+using RingFields = std::tuple<PagesFields, PagesFields, Address, int64_t, int64_t, int64_t, int>;
+
+Pages pages(const PagesFields& fields) {
+  const auto [data, stride_page, stride_row, stride_head, scale, stride_scale] = fields;
+  return {At{data}, stride_page, stride_row, stride_head, At{scale}, stride_scale};
+}
+
+// What `ring_fields` of ops/ring.py returns.
+Ring ring(const RingFields& fields) {
+  const auto& [k, v, block_table, stride_table, pages_per_seq, page_size, dtype] = fields;
+  return {pages(k),      pages(v),  At{block_table}, stride_table,
+          pages_per_seq, page_size, Dtype(dtype)};
+}
 
 // ---- The arguments of each op, in the order of its struct in launchers.h.
 

@@ -22,6 +22,29 @@ struct RmsNorm {
   Dtype dtype;
 };
 
+// One of the two cache tensors of a layer, (pages, page_size, kv_heads, head_dim) with any memory
+// order; the last dimension is contiguous. Strides in elements.
+struct Pages {
+  void* data;
+  int64_t stride_page;
+  int64_t stride_row;
+  int64_t stride_head;
+  const float* scale;    // of a quantised cache, else null
+  int64_t stride_scale;  // 0: one scale for all heads, 1: one a head
+};
+
+// The rolling cache of a layer: position p of sequence b lives in slot p % capacity, where capacity
+// is pages_per_seq * page_size, on page block_table[b][slot / page_size].
+struct Ring {
+  Pages k;
+  Pages v;
+  const int32_t* block_table;  // (batch, pages_per_seq); null: there is no cache
+  int64_t stride_table;        // in elements
+  int64_t pages_per_seq;
+  int64_t page_size;
+  Dtype dtype;  // of both caches
+};
+
 // Each file of csrc/cpu is compiled once for each of these instruction sets (setup.py), oldest
 // first; a machine that runs one runs all before it. Expands to apply(name, ...) for each. A build
 // without CPU kernels defines it as empty.

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops.checks import QUANTISED, Arguments, compute_dtype
+from mistral_kernels.ops.dispatch import KERNEL_DTYPES
+
+CACHE_DTYPES = (*KERNEL_DTYPES, *QUANTISED)  # csrc/dtype.h numbers them in this order
 
 
 def ring_slots(positions: Tensor, capacity: int) -> Tensor:
@@ -87,6 +90,34 @@ def read_ring(
     rows = _bytes_view(cache)[pages[slots // page_size].long(), slots % page_size]
     rows = rows.view(cache.dtype).to(dtype)
     return rows if scale is None else rows * scale.to(dtype).view(1, -1, 1)
+
+
+def ring_fields(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> tuple:
+    """The struct Ring of csrc/launchers.h."""
+
+    def pages(cache: Tensor, scale: Tensor | None) -> tuple:
+        step = scale is not None and scale.numel() > 1
+        address = 0 if scale is None else scale.data_ptr()
+        return cache.data_ptr(), *cache.stride()[:3], address, int(step)
+
+    return (
+        pages(k_cache, k_scale),
+        pages(v_cache, v_scale),
+        block_table.data_ptr(),
+        block_table.stride(0),
+        block_table.shape[1],
+        k_cache.shape[1],
+        CACHE_DTYPES.index(k_cache.dtype),
+    )
+
+
+NO_RING = ((0, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 0), 0, 0, 0, 0, 0)  # a Ring of nulls
 
 
 def check_cache(
