@@ -1,7 +1,7 @@
 """Builds mistral_kernels._C with ninja: a C++ compiler for the core, nvcc for CUDA, never torch.
 
-Environment: CXX (one that does not exist: pure Python), CUDA_HOME, MISTRAL_KERNELS_CUDA=0 (no CUDA
-code), TORCH_CUDA_ARCH_LIST, MAX_JOBS.
+Environment: CXX (one that does not exist: pure Python), CXXFLAGS (after our own), CUDA_HOME,
+MISTRAL_KERNELS_CUDA=0 (no CUDA code), TORCH_CUDA_ARCH_LIST, MAX_JOBS.
 """
 
 import os
@@ -124,6 +124,7 @@ class NinjaBuild(build_ext):
         # Vectors never cross a library's border, where their ABI would matter; and GCC 12 sees
         # uninitialised variables inside its own vector headers.
         flags += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
+        flags += shlex.split(os.environ.get("CXXFLAGS", ""))
         includes = ["-Icsrc", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
         defines = [f'-DMISTRAL_KERNELS_CUDA="{archs}"'] if nvcc else []
         link = [*cxx, "-shared"]

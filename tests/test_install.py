@@ -18,7 +18,7 @@ import triton
 ROOT = Path(__file__).parent.parent
 NO_CUDA = {"MISTRAL_KERNELS_CUDA": "0"}
 # Settings of the developer's shell that would change a build.
-SETTINGS = ("CXX", "CUDA_HOME", "MISTRAL_KERNELS_CUDA", "TORCH_CUDA_ARCH_LIST", "PYTHONPATH")
+SETTINGS = ("CXX", "CXXFLAGS", "CUDA_HOME", "MISTRAL_KERNELS_CUDA", "TORCH_CUDA_ARCH_LIST", "PYTHONPATH")
 HAS_NVCC = bool(shutil.which("/usr/local/cuda/bin/nvcc") or shutil.which("nvcc"))
 needs_nvcc = pytest.mark.skipif(not HAS_NVCC, reason="nvcc is not installed")
 
@@ -37,6 +37,7 @@ class Environment:
     def python(self, *arguments, cwd: Path, **settings: str) -> subprocess.CompletedProcess:
         """Runs Python in `cwd` with `settings` for environment variables."""
         variables = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+        variables["CXXFLAGS"] = "-O0"  # what is built is imported, not timed: compile quickly
         command = [self.bin / "python", *arguments]
         return subprocess.run(
             command,
