@@ -18,7 +18,14 @@ import triton
 ROOT = Path(__file__).parent.parent
 NO_CUDA = {"MISTRAL_KERNELS_CUDA": "0"}
 # Settings of the developer's shell that would change a build.
-SETTINGS = ("CXX", "CXXFLAGS", "CUDA_HOME", "MISTRAL_KERNELS_CUDA", "TORCH_CUDA_ARCH_LIST", "PYTHONPATH")
+SETTINGS = (
+    "CXX",
+    "CXXFLAGS",
+    "CUDA_HOME",
+    "MISTRAL_KERNELS_CUDA",
+    "TORCH_CUDA_ARCH_LIST",
+    "PYTHONPATH",
+)
 HAS_NVCC = bool(shutil.which("/usr/local/cuda/bin/nvcc") or shutil.which("nvcc"))
 needs_nvcc = pytest.mark.skipif(not HAS_NVCC, reason="nvcc is not installed")
 
