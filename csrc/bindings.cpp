@@ -22,10 +22,15 @@ namespace {
 
 using Address = std::uintptr_t;  // of the first element; 0 where a tensor is absent
 
-// The instruction sets that this machine runs, oldest first.
-std::vector<std::string> instruction_sets() {
+// The instruction sets that were built, oldest first.
+std::vector<std::string> built_instruction_sets() {
 #define MISTRAL_KERNELS_NAME(path, ...) #path,
-  std::vector<std::string> names = {MISTRAL_KERNELS_PATHS(MISTRAL_KERNELS_NAME, )};
+  return {MISTRAL_KERNELS_PATHS(MISTRAL_KERNELS_NAME, )};
+}
+
+// Those of them that this machine runs.
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names = built_instruction_sets();
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
@@ -101,6 +106,33 @@ RmsNorm rms_norm_args(Address x, Address residual, Address weight, Address out, 
       stride_x_token, stride_residual_token, eps,        Dtype(dtype)};
 }
 
+// from, to, heads, then the strides of tokens and heads of both.
+using RopeHeadsFields = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+RopeHeads rope_heads(const RopeHeadsFields& fields) {
+  const auto [from, to, heads, from_token, from_head, to_token, to_head] = fields;
+  return {At{from}, At{to}, heads, from_token, from_head, to_token, to_head};
+}
+
+Rope rope_args(const RopeHeadsFields& q, const RopeHeadsFields& k, Address cos, Address sin,
+               Address q_scale, Address positions, int64_t tokens, int64_t head_dim,
+               int64_t stride_cos, int64_t stride_sin, bool interleaved, int dtype) {
+  return {rope_heads(q), rope_heads(k), At{cos},    At{sin},    At{q_scale}, At{positions},
+          tokens,        head_dim,      stride_cos, stride_sin, interleaved, Dtype(dtype)};
+}
+
+SiluMul silu_mul_args(Address gate_up, Address out, int64_t tokens, int64_t ffn_dim,
+                      int64_t stride_token, int dtype) {
+  return {At{gate_up}, At{out}, tokens, ffn_dim, stride_token, Dtype(dtype)};
+}
+
+RouteExperts route_experts_args(Address logits, Address positions, Address weights,
+                                Address expert_ids, int64_t tokens, int64_t experts, int64_t top_k,
+                                int64_t stride_token, int dtype) {
+  return {At{logits}, At{positions}, At{weights},  At{expert_ids}, tokens,
+          experts,    top_k,         stride_token, Dtype(dtype)};
+}
+
 std::string compiler() {
 #ifdef __clang__
   return __VERSION__;  // "Clang 17.0.6"
@@ -114,6 +146,7 @@ py::dict build_info() {
   info["compiler"] = compiler();
   info["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(
       PYBIND11_VERSION_MINOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_PATCH);
+  info["instruction_sets"] = built_instruction_sets();
 #ifdef MISTRAL_KERNELS_CUDA
   const int version = cuda::runtime_version();
   info["cuda"] = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
@@ -133,6 +166,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this extension was built with; None where not built.");
   m.def("instruction_sets", &instruction_sets, "What this machine runs of what was built.");
   m.def("rms_norm_cpu", MISTRAL_KERNELS_ON_CPU(rms_norm), no_gil);
+  m.def("rope_cpu", MISTRAL_KERNELS_ON_CPU(rope), no_gil);
+  m.def("route_experts_cpu", MISTRAL_KERNELS_ON_CPU(route_experts), no_gil);
+  m.def("silu_mul_cpu", MISTRAL_KERNELS_ON_CPU(silu_mul), no_gil);
 #ifdef MISTRAL_KERNELS_CUDA
   m.def("cuda_versions", &cuda_versions, "(driver, runtime), 13000 for 13.0; driver 0 if absent.");
   m.def("rms_norm_cuda", on_cuda(&rms_norm_args, &cuda::rms_norm), no_gil);

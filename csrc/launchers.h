@@ -22,6 +22,59 @@ struct RmsNorm {
   Dtype dtype;
 };
 
+// One tensor that rope rotates, (tokens, heads, head_dim), last dimension contiguous. `to` is
+// `from` with the same strides in place, else memory that `from` does not touch. Strides in
+// elements.
+struct RopeHeads {
+  const void* from;
+  void* to;
+  int64_t heads;
+  int64_t stride_from_token;
+  int64_t stride_from_head;
+  int64_t stride_to_token;
+  int64_t stride_to_head;
+};
+
+// to = round(from rotated by its row of cos and sin, q then multiplied by q_scale). Rows with a
+// negative position stay as they are.
+struct Rope {
+  RopeHeads q;
+  RopeHeads k;
+  const float* cos;          // (max_positions, head_dim / 2), last dimension contiguous
+  const float* sin;          // likewise
+  const float* q_scale;      // (max_positions,), contiguous; null: 1
+  const int32_t* positions;  // (tokens,), contiguous, < max_positions
+  int64_t tokens;            // 0 is a no-op
+  int64_t head_dim;          // even
+  int64_t stride_cos;        // in elements
+  int64_t stride_sin;        // in elements
+  bool interleaved;          // pairs (0, 1), (2, 3), ..; else (0, head_dim / 2), ..
+  Dtype dtype;
+};
+
+// out = round(silu(gate) * up)
+struct SiluMul {
+  const void* gate_up;  // (tokens, 2 * ffn_dim), gate first, last dimension contiguous
+  void* out;            // (tokens, ffn_dim), contiguous
+  int64_t tokens;       // 0 is a no-op
+  int64_t ffn_dim;
+  int64_t stride_token;  // of gate_up, in elements
+  Dtype dtype;
+};
+
+// The top_k largest logits of each row, lowest index first among equals, and their softmax.
+struct RouteExperts {
+  const void* logits;        // (tokens, experts), last dimension contiguous
+  const int32_t* positions;  // (tokens,), contiguous: negative is idle; null: no row is
+  float* weights;            // (tokens, top_k), contiguous; 0 in idle rows
+  int32_t* expert_ids;       // (tokens, top_k), contiguous; -1 in idle rows
+  int64_t tokens;            // 0 is a no-op
+  int64_t experts;
+  int64_t top_k;         // 1 <= top_k <= experts
+  int64_t stride_token;  // of logits, in elements
+  Dtype dtype;
+};
+
 // One of the two cache tensors of a layer, (pages, page_size, kv_heads, head_dim) with any memory
 // order; the last dimension is contiguous. Strides in elements.
 struct Pages {
@@ -58,9 +111,12 @@ struct Ring {
 #endif
 
 // `threads` of torch's OpenMP pool take part; the bits do not depend on how many.
-#define MISTRAL_KERNELS_DECLARE(path, ...)         \
-  namespace cpu::path {                            \
-  void rms_norm(const RmsNorm& args, int threads); \
+#define MISTRAL_KERNELS_DECLARE(path, ...)                   \
+  namespace cpu::path {                                      \
+  void rms_norm(const RmsNorm& args, int threads);           \
+  void rope(const Rope& args, int threads);                  \
+  void route_experts(const RouteExperts& args, int threads); \
+  void silu_mul(const SiluMul& args, int threads);           \
   }
 MISTRAL_KERNELS_PATHS(MISTRAL_KERNELS_DECLARE, )
 #undef MISTRAL_KERNELS_DECLARE

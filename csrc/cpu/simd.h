@@ -140,7 +140,7 @@ inline void for_vectors(int64_t size, Body&& body) {
   if (first < size) body(first, size - first);
 }
 
-// ---- Sums across lanes.
+// ---- Lanes moved about.
 
 template <int... kLane>
 inline Floats shuffle(Floats a, Floats b) {
@@ -152,14 +152,36 @@ inline Floats shuffle(Floats a, Floats b) {
 }
 
 template <int... kLane>
-inline Floats add_neighbours(Floats a, Floats b, std::integer_sequence<int, kLane...>) {
-  return shuffle<2 * kLane...>(a, b) + shuffle<2 * kLane + 1 ...>(a, b);
+inline Floats evens(Floats a, Floats b, std::integer_sequence<int, kLane...>) {
+  return shuffle<2 * kLane...>(a, b);
 }
 
-// {a0 + a1, a2 + a3, ..., b0 + b1, ...}
-inline Floats add_neighbours(Floats a, Floats b) {
-  return add_neighbours(a, b, std::make_integer_sequence<int, kLanes>());
+template <int... kLane>
+inline Floats odds(Floats a, Floats b, std::integer_sequence<int, kLane...>) {
+  return shuffle<2 * kLane + 1 ...>(a, b);
 }
+
+// Starting at lane kFirst of both: {a[kFirst], b[kFirst], a[kFirst + 1], b[kFirst + 1], ...}
+template <int kFirst, int... kLane>
+inline Floats interleave(Floats a, Floats b, std::integer_sequence<int, kLane...>) {
+  return shuffle<kFirst + kLane / 2 + kLane % 2 * kLanes...>(a, b);
+}
+
+using AllLanes = std::make_integer_sequence<int, kLanes>;
+
+inline Floats evens(Floats a, Floats b) { return evens(a, b, AllLanes()); }  // {a0, .., b0, ..}
+inline Floats odds(Floats a, Floats b) { return odds(a, b, AllLanes()); }    // {a1, .., b1, ..}
+
+// The two vectors whose evens are a and whose odds are b.
+inline Floats interleave_low(Floats a, Floats b) { return interleave<0>(a, b, AllLanes()); }
+inline Floats interleave_high(Floats a, Floats b) {
+  return interleave<kLanes / 2>(a, b, AllLanes());
+}
+
+// ---- Sums across lanes.
+
+// {a0 + a1, a2 + a3, ..., b0 + b1, ...}
+inline Floats add_neighbours(Floats a, Floats b) { return evens(a, b) + odds(a, b); }
 
 // Lane i of the result is the sum of all lanes of rows[i].
 inline Floats sum_each(Floats (&rows)[kLanes]) {

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops.checks import Arguments, compute_dtype
-from mistral_kernels.ops.dispatch import define
+from mistral_kernels.ops.dispatch import (
+    KERNEL_DTYPES,
+    Cell,
+    cpu_queue,
+    define,
+    native_extension,
+)
 
 
 def rope_reference(
@@ -47,6 +53,47 @@ def _rope_in_place(q, k, cos, sin, positions, interleaved, q_scale) -> None:
     k.copy_(rotated_k)
 
 
+def _heads(x: Tensor, out: Tensor) -> tuple[int, ...]:
+    """What the C++ struct RopeHeads holds."""
+    _, heads, _ = x.shape
+    stride_token, stride_head, _ = x.stride()
+    stride_out_token, stride_out_head, _ = out.stride()
+    return (
+        x.data_ptr(), out.data_ptr(), heads,
+        stride_token, stride_head, stride_out_token, stride_out_head,
+    )  # fmt: skip
+
+
+def _rotate_cpu(q, k, cos, sin, positions, interleaved, q_scale, *, out_q, out_k) -> None:
+    """Calls the C++ launcher: q and k as RopeHeads, the tables, sizes, and where to run it."""
+    tokens, _, head_dim = q.shape
+    native_extension().rope_cpu(
+        _heads(q, out_q),
+        _heads(k, out_k),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        0 if q_scale is None else q_scale.data_ptr(),
+        positions.data_ptr(),
+        tokens,
+        head_dim,
+        cos.stride(0),
+        sin.stride(0),
+        interleaved,
+        KERNEL_DTYPES.index(q.dtype),
+        *cpu_queue(),
+    )
+
+
+def _rope_cpu(q, k, *rest) -> tuple[Tensor, Tensor]:
+    out_q, out_k = q.new_empty(q.shape), k.new_empty(k.shape)
+    _rotate_cpu(q, k, *rest, out_q=out_q, out_k=out_k)
+    return out_q, out_k
+
+
+def _rope_in_place_cpu(q, k, *rest) -> None:
+    _rotate_cpu(q, k, *rest, out_q=q, out_k=k)
+
+
 def rope_backward(grads: list[Tensor], q, k, cos, sin, positions, interleaved, q_scale):
     # A rotation's transpose is the rotation by the opposite angle.
     return rope_reference(grads[0], grads[1], cos, -sin, positions, interleaved, q_scale)
@@ -72,7 +119,7 @@ _rope = define(
     f"Tensor q, Tensor k, {_ARGUMENTS}",
     "(Tensor, Tensor)",
     fake=lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
-    cells={"reference": rope_reference},
+    cells={"reference": rope_reference, "cpu": Cell(_rope_cpu)},
     check_values=_check_values("rope"),
     differentiable=("q", "k"),
     backward=rope_backward,
@@ -83,7 +130,7 @@ _rope_ = define(
     f"Tensor(a!) q, Tensor(b!) k, {_ARGUMENTS}",
     "()",
     fake=lambda *_: None,
-    cells={"reference": _rope_in_place},
+    cells={"reference": _rope_in_place, "cpu": Cell(_rope_in_place_cpu)},
     check_values=_check_values("rope_"),
 )
 

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops.checks import Arguments, compute_dtype
-from mistral_kernels.ops.dispatch import define
+from mistral_kernels.ops.dispatch import (
+    KERNEL_DTYPES,
+    Cell,
+    cpu_queue,
+    define,
+    native_extension,
+)
 
 
 def route_experts_reference(logits: Tensor, top_k: int, positions: Tensor | None):
@@ -37,7 +43,7 @@ def route_experts_backward(grads: list[Tensor], logits: Tensor, top_k: int, posi
     return (torch.zeros_like(logits, dtype=weights.dtype).scatter(-1, rows, d_chosen),)
 
 
-def _fake(logits: Tensor, top_k: int, positions: Tensor | None):
+def _empty_outputs(logits: Tensor, top_k: int, positions: Tensor | None):
     shape = (logits.shape[0], top_k)
     return (
         logits.new_empty(shape, dtype=compute_dtype(logits.dtype)),
@@ -45,12 +51,30 @@ def _fake(logits: Tensor, top_k: int, positions: Tensor | None):
     )
 
 
+def _route_experts_cpu(logits: Tensor, top_k: int, positions: Tensor | None):
+    weights, expert_ids = _empty_outputs(logits, top_k, positions)
+    tokens, experts = logits.shape
+    native_extension().route_experts_cpu(
+        logits.data_ptr(),
+        0 if positions is None else positions.data_ptr(),
+        weights.data_ptr(),
+        expert_ids.data_ptr(),
+        tokens,
+        experts,
+        top_k,
+        logits.stride(0),
+        KERNEL_DTYPES.index(logits.dtype),
+        *cpu_queue(),
+    )
+    return weights, expert_ids
+
+
 _route_experts = define(
     "route_experts",
     "Tensor logits, int top_k, Tensor? positions",
     "(Tensor, Tensor)",
-    fake=_fake,
-    cells={"reference": route_experts_reference},
+    fake=_empty_outputs,
+    cells={"reference": route_experts_reference, "cpu": Cell(_route_experts_cpu)},
     facts=lambda logits, top_k, positions: (("experts", logits.shape[1]), ("top_k", top_k)),
     differentiable=("logits",),
     backward=route_experts_backward,

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops.checks import Arguments, compute_dtype
-from mistral_kernels.ops.dispatch import define
+from mistral_kernels.ops.dispatch import (
+    KERNEL_DTYPES,
+    Cell,
+    cpu_queue,
+    define,
+    native_extension,
+)
 
 
 def silu_mul_reference(gate_up: Tensor) -> Tensor:
@@ -26,16 +32,31 @@ def silu_mul_backward(grads: list[Tensor], gate_up: Tensor):
     return (torch.cat((d_gate, grad * gate * sigmoid), -1),)
 
 
-def _fake(gate_up: Tensor) -> Tensor:
+def _empty_output(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+def _silu_mul_cpu(gate_up: Tensor) -> Tensor:
+    rows = gate_up if gate_up.dim() == 2 else gate_up.reshape(-1, gate_up.shape[-1])
+    out = _empty_output(gate_up)
+    native_extension().silu_mul_cpu(
+        rows.data_ptr(),
+        out.data_ptr(),
+        rows.shape[0],
+        out.shape[-1],
+        rows.stride(0),
+        KERNEL_DTYPES.index(rows.dtype),
+        *cpu_queue(),
+    )
+    return out
 
 
 _silu_mul = define(
     "silu_mul",
     "Tensor gate_up",
     "Tensor",
-    fake=_fake,
-    cells={"reference": silu_mul_reference},
+    fake=_empty_output,
+    cells={"reference": silu_mul_reference, "cpu": Cell(_silu_mul_cpu)},
     differentiable=("gate_up",),
     backward=silu_mul_backward,
 )
