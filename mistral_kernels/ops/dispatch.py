@@ -176,12 +176,13 @@ def device_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def _call_facts(tensor: Tensor) -> dict:
-    device = tensor.device
+@functools.cache
+def _call_facts(device: torch.device, dtype: torch.dtype) -> dict:
+    """What `choose` wants to know of an op's first tensor. Cached: a call of an op is a few us."""
     return {
         "device_type": device.type,
         "capability": device_capability(device),
-        "dtype": tensor.dtype,
+        "dtype": dtype,
     }
 
 
@@ -213,16 +214,17 @@ def define(
             belong to the floating-point outputs. It becomes the op `<name>_backward`.
     """
     _library.define(f"{name}({arguments}, str backend) -> {returns}")
-    OPS[name] = {key: cell if isinstance(cell, Cell) else Cell(cell) for key, cell in cells.items()}
+    row = {key: cell if isinstance(cell, Cell) else Cell(cell) for key, cell in cells.items()}
+    OPS[name] = row
     op = getattr(torch.ops.mistral_kernels, name).default
 
     def run(*inputs_and_backend):
-        *inputs, backend = inputs_and_backend
-        call = _call_facts(inputs[0])
+        inputs, backend = inputs_and_backend[:-1], inputs_and_backend[-1]
+        first = inputs[0]
+        call = _call_facts(first.device, first.dtype)
         if check_values is not None and call["device_type"] == "cpu":
             check_values(*inputs)
-        chosen = choose(name, facts=facts(*inputs), backend=backend, **call)
-        return OPS[name][chosen].run(*inputs)
+        return row[choose(name, facts=facts(*inputs), backend=backend, **call)].run(*inputs)
 
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)
@@ -243,7 +245,7 @@ def _no_gradient(op: str, argument: str) -> RuntimeError:
 
 def _refuse_autograd(op, keyset, *inputs):
     """Kernels write through raw pointers, unseen by autograd: refuse rather than be wrong."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
         for argument, value in zip(op._schema.arguments, inputs, strict=True):
             # _backward ops take lists of tensors.
             tensors = value if isinstance(value, (list, tuple)) else (value,)
@@ -267,7 +269,8 @@ def _define_backward(
     def run(grads, *inputs_and_backend):
         *inputs, backend = inputs_and_backend
         # The forward's backend is a preference here: a cell may lack its backward.
-        chosen = prefer(backward_name, backend=backend, **_call_facts(inputs[0]))
+        call = _call_facts(inputs[0].device, inputs[0].dtype)
+        chosen = prefer(backward_name, backend=backend, **call)
         gradients = OPS[backward_name][chosen].run(grads, *inputs)
         return [g.to(inputs[i].dtype).contiguous() for g, i in zip(gradients, wanted, strict=True)]
 

@@ -59,16 +59,17 @@ def _rms_norm_native(
     """Calls the C++ or CUDA launcher: raw pointers, sizes, token strides, and where to run it."""
     rows = _as_rows(x)
     added = rows if residual is None else _as_rows(residual)
-    normed = x.new_empty(x.shape)
-    summed = None if residual is None else x.new_empty(x.shape)
+    tokens, hidden = rows.shape
+    normed = x.new_empty(*x.shape)
+    summed = None if residual is None else x.new_empty(*x.shape)
     launch(
         rows.data_ptr(),
         0 if residual is None else added.data_ptr(),
         weight.data_ptr(),
         normed.data_ptr(),
         0 if summed is None else summed.data_ptr(),
-        rows.shape[0],
-        rows.shape[1],
+        tokens,
+        hidden,
         rows.stride(0),
         added.stride(0),
         eps,

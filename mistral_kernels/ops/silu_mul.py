@@ -33,17 +33,18 @@ def silu_mul_backward(grads: list[Tensor], gate_up: Tensor):
 
 
 def _empty_output(gate_up: Tensor) -> Tensor:
-    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
 def _silu_mul_cpu(gate_up: Tensor) -> Tensor:
     rows = gate_up if gate_up.dim() == 2 else gate_up.reshape(-1, gate_up.shape[-1])
+    tokens, columns = rows.shape
     out = _empty_output(gate_up)
     native_extension().silu_mul_cpu(
         rows.data_ptr(),
         out.data_ptr(),
-        rows.shape[0],
-        out.shape[-1],
+        tokens,
+        columns // 2,
         rows.stride(0),
         KERNEL_DTYPES.index(rows.dtype),
         *cpu_queue(),
