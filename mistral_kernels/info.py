@@ -20,6 +20,7 @@ def collect() -> dict[str, Any]:
         A dictionary that json can write:
         versions: package -> version, None if it is not installed;
         built: what the compiled core was built with, None where there is no core;
+        instruction_set: which of the core's CPU instruction sets runs here, None without a core;
         cuda: versions of CUDA: torch's runtime, this build's runtime, the driver; None if absent;
         gpus: name, arch ("sm_90") and memory_bytes of each GPU;
         backends: backend -> None if it can run here, else the reason why not;
@@ -39,6 +40,7 @@ def collect() -> dict[str, Any]:
             "triton": _version("triton"),
         },
         "built": core and core.build_info(),
+        "instruction_set": core and core.instruction_sets()[dispatch.instruction_set()],
         "cuda": _cuda_versions(core),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "backends": {name: dispatch.unavailable(name) for name in dispatch.BACKENDS},

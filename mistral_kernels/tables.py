@@ -18,6 +18,7 @@ def print_info(facts: dict[str, Any]) -> None:
     """Print what `mistral_kernels.info.collect` returned."""
     machine = {f"{name} version": value for name, value in facts["versions"].items()}
     machine |= {f"built with {name}": value for name, value in (facts["built"] or {}).items()}
+    machine["instruction set used here"] = facts["instruction_set"]
     machine |= {f"CUDA {name}": value for name, value in facts["cuda"].items()}
     for index, gpu in enumerate(facts["gpus"]):
         memory_gib = gpu["memory_bytes"] / 2**30
@@ -59,11 +60,17 @@ def print_report(report: Report) -> None:
 
 
 def _print_table(columns: list[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print cells as text, with "-" for None."""
+    """Print cells as text, with "-" for None and commas between the entries of a list."""
     table = Table(*columns)
     for row in rows:
-        table.add_row(*("-" if cell is None else str(cell) for cell in row))
+        table.add_row(*map(_cell, row))
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     console.print(table)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "-" if value is None else str(value)

@@ -120,6 +120,11 @@ def test_info_json():
     assert facts["versions"]["mistral_kernels"] == mistral_kernels.__version__
     assert facts["versions"]["torch"] == torch.__version__
     assert set(facts["ops"]) == set(ops.__all__)
+    if facts["built"]:
+        runnable = dispatch.native_extension().instruction_sets()
+        assert facts["instruction_set"] == runnable[-1] in facts["built"]["instruction_sets"]
+    else:
+        assert facts["instruction_set"] is None
     for backend in dispatch.BACKENDS:
         assert facts["backends"][backend] == dispatch.unavailable(backend)
     for served in facts["ops"].values():
@@ -134,3 +139,6 @@ def test_info_table():
         assert part in out
     for backend in dispatch.BACKENDS:
         assert (dispatch.unavailable(backend) or "available") in out
+    core = dispatch.native_extension()
+    if not isinstance(core, ImportError):
+        assert ", ".join(core.build_info()["instruction_sets"]) in out

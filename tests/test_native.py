@@ -3,14 +3,17 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 
 import oracle
 import peer
 import pytest
 import torch
 from launcher import launch_rms_norm
+from scene import rope_tables
 from tolerance import assert_close, assert_same
 
+from mistral_kernels import ops
 from mistral_kernels.ops import dispatch
 
 _C = pytest.importorskip("mistral_kernels._C", reason="installed without a C++ compiler")
@@ -70,7 +73,9 @@ print(*sorted({path for path in maps if "libgomp" in path or "libomp" in path}),
 
 def test_build_info_says_what_was_built():
     info = _C.build_info()
-    assert set(info) == {"compiler", "pybind11", "cuda", "cuda_archs"}
+    assert set(info) == {"compiler", "pybind11", "instruction_sets", "cuda", "cuda_archs"}
+    assert info["instruction_sets"][0] == "portable"
+    assert info["instruction_sets"][: len(INSTRUCTION_SETS)] == INSTRUCTION_SETS
     assert re.search(r"\d+\.\d+", info["compiler"])
     assert re.fullmatch(r"\d+\.\d+\..+", info["pybind11"])
     assert (info["cuda"] is None) == (info["cuda_archs"] is None) == (not HAS_CUDA)
@@ -101,15 +106,40 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bits_do_not_depend_on_the_number_of_threads(dtype, threads):
-    x, residual = (torch.randn(37, 1000).to(dtype) for _ in range(2))
+def add_rms_norm_of_rows(dtype: torch.dtype) -> Callable[[], Sequence[torch.Tensor]]:
+    x, residual = (torch.randn(137, 1000).to(dtype) for _ in range(2))
     weight = torch.randn(1000).to(dtype)
+    return lambda: ops.add_rms_norm(x, residual, weight, EPS, backend="cpu")
+
+
+def rope_of_heads(dtype: torch.dtype) -> Callable[[], Sequence[torch.Tensor]]:
+    qkv = torch.randn(701, 6, 34).to(dtype)
+    tables = rope_tables(34, dtype, "cpu")
+    positions = torch.arange(701, dtype=torch.int32) % 41 - 1
+    call = {**tables, "positions": positions, "interleaved": True, "backend": "cpu"}
+    return lambda: ops.rope(qkv[:, :4], qkv[:, 4:5], **call)
+
+
+def silu_mul_of_rows(dtype: torch.dtype) -> Callable[[], Sequence[torch.Tensor]]:
+    gate_up = torch.randn(601, 2 * 133).to(dtype)
+    return lambda: [ops.silu_mul(gate_up, backend="cpu")]
+
+
+def routes(dtype: torch.dtype) -> Callable[[], Sequence[torch.Tensor]]:
+    logits = torch.randn(2100, 9).to(dtype)
+    return lambda: ops.route_experts(logits, 3, backend="cpu")
+
+
+# Each is more than one thread's worth of work (kElementsAThread) for three.
+@pytest.mark.parametrize("prepare", [add_rms_norm_of_rows, rope_of_heads, silu_mul_of_rows, routes])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(dtype, prepare, threads):
+    call = prepare(dtype)
     threads(1)
-    expected = rms_norm_cpu(x, weight, residual)
+    expected = call()
     for count in (2, 3):
         threads(count)
-        for got, want in zip(rms_norm_cpu(x, weight, residual), expected, strict=True):
+        for got, want in zip(call(), expected, strict=True):
             assert_same(got, want, f"{count} threads")
 
 

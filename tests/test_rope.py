@@ -18,6 +18,8 @@ from mistral_kernels import ops
 
 OP = "rope"
 POSITIONS = [3, -1, 0, 39, 17, 17, -5]
+# Fewer pairs than a vector has lanes, and pairs left over behind whole vectors.
+TAILS = [shapes.Heads(2, 1, head_dim) for head_dim in (2, 6, 22, 34, 80)]
 
 
 def valid_call(dtype=torch.float32, device="cpu", heads=SMALL) -> dict:
@@ -38,7 +40,7 @@ VALID = valid_call()
 
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "q_scale"])
-@pytest.mark.parametrize("heads", shapes.HEADS, ids=str)
+@pytest.mark.parametrize("heads", [*shapes.HEADS, *TAILS], ids=str)
 def test_rope(heads, scaled, interleaved, dtype, backend, device):
     call = {**valid_call(dtype, device, heads), "interleaved": interleaved}
     if not scaled:
@@ -70,6 +72,36 @@ def test_in_place_equals_out_of_place(interleaved, dtype, backend, device):
     q, k = ops.rope_(**call, backend=backend)
     assert q is call["q"] and k is call["k"]
     assert_same(qkv, torch.cat((expected_q, expected_k, before[:, 6:]), 1), "qkv")
+
+
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
+@pytest.mark.parametrize("heads", TAILS, ids=str)
+def test_in_place_writes_nothing_beside_its_rows(heads, interleaved, dtype, backend, device):
+    call = {**valid_call(dtype, device, heads), "interleaved": interleaved}
+    expected = ops.rope(**call, backend=backend)
+    # Each row gets a gap of 5 elements behind it, and a head that is neither q nor k.
+    wide = torch.full((len(POSITIONS), 4, heads.head_dim + 5), 7.0, dtype=dtype, device=device)
+    rows = wide[..., : heads.head_dim]
+    q, k = rows[:, :2], rows[:, 2:3]
+    q.copy_(call["q"])
+    k.copy_(call["k"])
+    ops.rope_(**{**call, "q": q, "k": k}, backend=backend)
+    for name, got, want in zip("qk", (q, k), expected, strict=True):
+        assert_same(got, want, name)
+    assert (wide[:, :3, heads.head_dim :] == 7).all() and (wide[:, 3] == 7).all()
+
+
+def test_many_positions_are_checked_too(backend, device):
+    tokens = 100
+    q, k = torch.randn(tokens, 2, 16, device=device), torch.randn(tokens, 1, 16, device=device)
+    positions = torch.zeros(tokens, dtype=torch.int32, device=device)
+    positions[71] = 40
+    if device == "cpu":  # on a GPU the check would wait for the device
+        with pytest.raises(ValueError, match="rope: positions must be < 40 .* got 40"):
+            ops.rope(
+                q, k, **rope_tables(16, torch.float32, device),
+                positions=positions, interleaved=True, backend=backend,
+            )  # fmt: skip
 
 
 def test_no_tokens(backend, device):

@@ -62,6 +62,23 @@ def test_ties_among_many_experts(experts, dtype, backend, device):
     check(ops.route_experts(logits, 9, backend=backend), logits, 9)
 
 
+@pytest.mark.parametrize("experts", [1, 2, 7, 31, 64, 129, 256])
+def test_any_number_of_experts(experts, dtype, backend, device):
+    logits = torch.randn(5, experts, device=device).to(dtype)
+    for top_k in sorted({1, (experts + 1) // 2, experts}):
+        check(ops.route_experts(logits, top_k, backend=backend), logits, top_k)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 6])
+def test_order_of_special_values_is_the_reference_s(top_k, dtype, backend, device):
+    kinds = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 1.0, -1.0, -torch.nan])
+    logits = kinds[torch.randint(len(kinds), (200, 6))].to(dtype).to(device)
+    weights, expert_ids = ops.route_experts(logits, top_k, backend=backend)
+    expected, expected_ids = ops.route_experts(logits, top_k, backend="reference")
+    assert_same(expert_ids, expected_ids, "expert_ids")
+    torch.testing.assert_close(weights, expected, equal_nan=True)
+
+
 def test_far_apart_and_infinite_logits(backend, device):
     rows = [[1e4, -1e4, 0, 0], [1e30, 1e30, 1, 1], [-torch.inf, 2, -torch.inf, 1], [-1e30] * 4]
     weights, expert_ids = ops.route_experts(torch.tensor(rows, device=device), 2, backend=backend)

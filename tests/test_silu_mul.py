@@ -15,7 +15,7 @@ from tolerance import assert_close, assert_rounded_once, assert_same
 from mistral_kernels import ops
 
 OP = "silu_mul"
-SHAPES = [(0, 8), (1, 2), (3, 14), (5, 64), (2, 1002), (6,), (2, 0, 8), (2, 3, 48)]
+SHAPES = [(0, 8), (1, 2), (3, 14), (5, 64), (4, 66), (2, 1002), (6,), (2, 0, 8), (2, 3, 48)]
 VALID = {"gate_up": torch.randn(3, 8)}
 
 
@@ -43,6 +43,16 @@ def test_extreme_gates(backend, device):
     assert_close(out, exact.float(), exact, "silu_mul")
     nan = ops.silu_mul(torch.tensor([torch.nan, 1.0, 1.0, 1.0], device=device), backend=backend)
     assert nan.isnan().tolist() == [True, False]
+
+
+def test_infinities_and_nans_as_the_reference(dtype, backend, device):
+    values = torch.tensor(
+        [0.0, -0.0, 1.0, -1.0, 90.0, -90.0, 6e4, -6e4, torch.inf, -torch.inf, torch.nan]
+    )
+    gate_up = torch.cartesian_prod(values, values).T.reshape(1, -1).to(dtype).to(device)
+    out = ops.silu_mul(gate_up, backend=backend)
+    expected = ops.silu_mul(gate_up, backend="reference")
+    torch.testing.assert_close(out, expected, equal_nan=True)
 
 
 def test_strided_rows_give_the_bits_of_packed_ones(dtype, backend, device):

@@ -24,7 +24,9 @@ inline void with_dtype(Dtype dtype, Run&& run) {
   }
 }
 
-// Waking threads costs about 5 us, in which one reads this many elements from its cache.
+// Below twice this many elements no second thread is woken. That costs 1-2 us while torch's pool
+// still spins and 10-30 us once it sleeps, where rms_norm on one thread takes 6 us for 16 k
+// elements and 12 us for 32 k (float32, 2-core Xeon at 2.5 GHz with AVX-512).
 constexpr int64_t kElementsAThread = 16384;
 
 // Threads worth waking for work on so many elements.

@@ -30,7 +30,8 @@ void choose_experts(const T* logits, int64_t experts, int64_t top_k, int32_t* ex
     uint64_t best = 0;
     for (int64_t expert = 0; expert < experts; ++expert) {
       const uint64_t found = rank(to_float(logits[expert]), static_cast<uint32_t>(expert));
-      if (found < last && found > best) best = found;
+      const uint64_t left = found < last ? found : 0;  // selects: a branch would be a coin's toss
+      best = left > best ? left : best;
     }
     expert_ids[slot] = static_cast<int32_t>(expert_of(best));
     last = best;

@@ -1,8 +1,9 @@
 // silu_mul on the CPU.
 //
 // A token costs 3 * ffn_dim * itemsize bytes of memory traffic (gate, up and out; writing out to
-// fresh memory reads it first, which makes it 4) and about 25 operations an element, most of them
-// for the exponential: memory still sets the pace of two cores.
+// fresh memory reads it first, which makes it 4) and about 50 instructions a vector, most of them
+// for the exponential and one a division: with AVX-512 some 40 cycles for 16 elements. Two cores at
+// 2.5 GHz are then as fast as their memory in float32, and half as fast in 16 bits.
 #include "cpu/dispatch.h"
 #include "cpu/simd.h"
 #include "launchers.h"
