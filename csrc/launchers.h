@@ -22,6 +22,44 @@ struct RmsNorm {
   Dtype dtype;
 };
 
+// out[row][o] = round(sum over i of x[row][i] * weight[o][i]).
+struct Linear {
+  const void* x;       // (rows, in_dim), last dimension contiguous
+  const void* weight;  // (out_dim, in_dim), last dimension contiguous, dtype of x
+  void* out;           // (rows, out_dim), contiguous
+  int64_t rows;        // 0 is a no-op
+  int64_t in_dim;
+  int64_t out_dim;
+  int64_t stride_x_row;       // in elements
+  int64_t stride_weight_row;  // in elements
+  Dtype dtype;
+};
+
+// out = round(sum over slots of weights[slot] * w2[e] (silu(gate) * up)), (gate, up) = w13[e] x and
+// e = expert_ids[slot]; ids outside [0, experts) skip their slot. Last dimensions are contiguous,
+// strides are in elements.
+struct ExpertMlp {
+  const void* x;              // (tokens, hidden)
+  const void* w13;            // (experts, 2 * ffn_dim, hidden), gate rows first, dtype of x
+  const void* w2;             // (experts, hidden, ffn_dim), dtype of x
+  const float* weights;       // (tokens, top_k)
+  const int32_t* expert_ids;  // (tokens, top_k)
+  void* out;                  // (tokens, hidden), contiguous
+  int64_t tokens;             // 0 is a no-op
+  int64_t hidden;
+  int64_t ffn_dim;
+  int64_t experts;
+  int64_t top_k;  // 1 to 256
+  int64_t stride_x_token;
+  int64_t stride_w13_expert;
+  int64_t stride_w13_row;
+  int64_t stride_w2_expert;
+  int64_t stride_w2_row;
+  int64_t stride_weights_token;
+  int64_t stride_ids_token;
+  Dtype dtype;
+};
+
 // One of the two cache tensors of a layer, (pages, page_size, kv_heads, head_dim) with any memory
 // order; the last dimension is contiguous. Strides in elements.
 struct Pages {
@@ -58,9 +96,11 @@ struct Ring {
 #endif
 
 // `threads` of torch's OpenMP pool take part; the bits do not depend on how many.
-#define MISTRAL_KERNELS_DECLARE(path, ...)         \
-  namespace cpu::path {                            \
-  void rms_norm(const RmsNorm& args, int threads); \
+#define MISTRAL_KERNELS_DECLARE(path, ...)             \
+  namespace cpu::path {                                \
+  void rms_norm(const RmsNorm& args, int threads);     \
+  void linear(const Linear& args, int threads);        \
+  void expert_mlp(const ExpertMlp& args, int threads); \
   }
 MISTRAL_KERNELS_PATHS(MISTRAL_KERNELS_DECLARE, )
 #undef MISTRAL_KERNELS_DECLARE
