@@ -131,6 +131,37 @@ RouteExperts route_experts_args(Address logits, Address positions, Address weigh
                                 int64_t stride_token, int dtype) {
   return {At{logits}, At{positions}, At{weights},  At{expert_ids}, tokens,
           experts,    top_k,         stride_token, Dtype(dtype)};
+Linear linear_args(Address x, Address weight, Address out, int64_t rows, int64_t in_dim,
+                   int64_t out_dim, int64_t stride_x_row, int64_t stride_weight_row, int dtype) {
+  return {At{x},   At{weight},   At{out},           rows,        in_dim,
+          out_dim, stride_x_row, stride_weight_row, Dtype(dtype)};
+}
+
+ExpertMlp expert_mlp_args(Address x, Address w13, Address w2, Address weights, Address expert_ids,
+                          Address out, int64_t tokens, int64_t hidden, int64_t ffn_dim,
+                          int64_t experts, int64_t top_k, int64_t stride_x_token,
+                          int64_t stride_w13_expert, int64_t stride_w13_row,
+                          int64_t stride_w2_expert, int64_t stride_w2_row,
+                          int64_t stride_weights_token, int64_t stride_ids_token, int dtype) {
+  return {At{x},
+          At{w13},
+          At{w2},
+          At{weights},
+          At{expert_ids},
+          At{out},
+          tokens,
+          hidden,
+          ffn_dim,
+          experts,
+          top_k,
+          stride_x_token,
+          stride_w13_expert,
+          stride_w13_row,
+          stride_w2_expert,
+          stride_w2_row,
+          stride_weights_token,
+          stride_ids_token,
+          Dtype(dtype)};
 }
 
 std::string compiler() {
@@ -169,6 +200,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope_cpu", MISTRAL_KERNELS_ON_CPU(rope), no_gil);
   m.def("route_experts_cpu", MISTRAL_KERNELS_ON_CPU(route_experts), no_gil);
   m.def("silu_mul_cpu", MISTRAL_KERNELS_ON_CPU(silu_mul), no_gil);
+  m.def("linear_cpu", MISTRAL_KERNELS_ON_CPU(linear), no_gil);
+  m.def("expert_mlp_cpu", MISTRAL_KERNELS_ON_CPU(expert_mlp), no_gil);
 #ifdef MISTRAL_KERNELS_CUDA
   m.def("cuda_versions", &cuda_versions, "(driver, runtime), 13000 for 13.0; driver 0 if absent.");
   m.def("rms_norm_cuda", on_cuda(&rms_norm_args, &cuda::rms_norm), no_gil);

@@ -72,6 +72,41 @@ struct RouteExperts {
   int64_t experts;
   int64_t top_k;         // 1 <= top_k <= experts
   int64_t stride_token;  // of logits, in elements
+// out[row][o] = round(sum over i of x[row][i] * weight[o][i]).
+struct Linear {
+  const void* x;       // (rows, in_dim), last dimension contiguous
+  const void* weight;  // (out_dim, in_dim), last dimension contiguous, dtype of x
+  void* out;           // (rows, out_dim), contiguous
+  int64_t rows;        // 0 is a no-op
+  int64_t in_dim;
+  int64_t out_dim;
+  int64_t stride_x_row;       // in elements
+  int64_t stride_weight_row;  // in elements
+  Dtype dtype;
+};
+
+// out = round(sum over slots of weights[slot] * w2[e] (silu(gate) * up)), (gate, up) = w13[e] x and
+// e = expert_ids[slot]; ids outside [0, experts) skip their slot. Last dimensions are contiguous,
+// strides are in elements.
+struct ExpertMlp {
+  const void* x;              // (tokens, hidden)
+  const void* w13;            // (experts, 2 * ffn_dim, hidden), gate rows first, dtype of x
+  const void* w2;             // (experts, hidden, ffn_dim), dtype of x
+  const float* weights;       // (tokens, top_k)
+  const int32_t* expert_ids;  // (tokens, top_k)
+  void* out;                  // (tokens, hidden), contiguous
+  int64_t tokens;             // 0 is a no-op
+  int64_t hidden;
+  int64_t ffn_dim;
+  int64_t experts;
+  int64_t top_k;  // 1 to 256
+  int64_t stride_x_token;
+  int64_t stride_w13_expert;
+  int64_t stride_w13_row;
+  int64_t stride_w2_expert;
+  int64_t stride_w2_row;
+  int64_t stride_weights_token;
+  int64_t stride_ids_token;
   Dtype dtype;
 };
 
@@ -117,6 +152,11 @@ struct Ring {
   void rope(const Rope& args, int threads);                  \
   void route_experts(const RouteExperts& args, int threads); \
   void silu_mul(const SiluMul& args, int threads);           \
+#define MISTRAL_KERNELS_DECLARE(path, ...)             \
+  namespace cpu::path {                                \
+  void rms_norm(const RmsNorm& args, int threads);     \
+  void linear(const Linear& args, int threads);        \
+  void expert_mlp(const ExpertMlp& args, int threads); \
   }
 MISTRAL_KERNELS_PATHS(MISTRAL_KERNELS_DECLARE, )
 #undef MISTRAL_KERNELS_DECLARE

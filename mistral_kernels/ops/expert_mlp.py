@@ -18,20 +18,40 @@ Source: Jiang et al. 2024, arXiv 2401.04088; Shazeer 2020 for SwiGLU.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from mistral_kernels.ops.checks import Arguments, compute_dtype
-from mistral_kernels.ops.dispatch import define
+from mistral_kernels.ops.dispatch import (
+    KERNEL_DTYPES,
+    Cell,
+    cpu_queue,
+    define,
+    native_extension,
+)
 from mistral_kernels.ops.linear import linear_reference
-from mistral_kernels.ops.silu_mul import silu_mul_backward, silu_mul_reference
+from mistral_kernels.ops.silu_mul import silu_mul, silu_mul_backward, silu_mul_reference
 
 WORKSPACE_BYTES = 256 << 20  # many tokens are worked in chunks that need no more than this
+
+
+# Up to so many (token, slot) pairs are ours on the CPU.
+FEW_PAIRS = {torch.float32: 32, torch.bfloat16: 32, torch.float16: 32}
+MAX_TOP_K = 256  # kMaxPairs of csrc/cpu/expert_mlp.cpp
 
 
 def pairs_of(expert_ids: Tensor, expert: int) -> tuple[Tensor, Tensor]:
     """Tokens and slots of the pairs that chose `expert`, in token order."""
     return (expert_ids == expert).nonzero(as_tuple=True)
+
+
+def chunks(x: Tensor, w2: Tensor, expert_ids: Tensor) -> Iterator[slice]:
+    """Ranges of tokens that WORKSPACE_BYTES are enough for."""
+    bytes_a_token = expert_ids.shape[1] * (3 * w2.shape[2] + 3 * x.shape[1]) * 4
+    size = max(1, WORKSPACE_BYTES // bytes_a_token)
+    return (slice(begin, begin + size) for begin in range(0, len(x), size))
 
 
 def expert_mlp_reference(
@@ -43,10 +63,7 @@ def expert_mlp_reference(
     batch_invariant: bool,
 ) -> Tensor:
     out = x.new_empty(x.shape)
-    bytes_a_token = expert_ids.shape[1] * (3 * w2.shape[2] + 3 * x.shape[1]) * 4
-    chunk = max(1, WORKSPACE_BYTES // bytes_a_token)
-    for begin in range(0, len(x), chunk):
-        rows = slice(begin, begin + chunk)
+    for rows in chunks(x, w2, expert_ids):
         ids = expert_ids[rows]
         slots = x.new_zeros(*ids.shape, x.shape[1], dtype=compute_dtype(x.dtype))
         for expert in range(len(w13)):
@@ -85,12 +102,79 @@ def expert_mlp_backward(grads: list[Tensor], x, w13, w2, weights, expert_ids, ba
     return d_x, d_w13, d_w2, d_weights
 
 
+def _sorted_by_expert(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, expert_ids: Tensor):
+    """Many tokens: each used expert's pairs side by side, one GEMM a projection."""
+    experts, top_k = len(w13), expert_ids.shape[1]
+    used = (expert_ids >= 0) & (expert_ids < experts)
+    keys = torch.where(used, expert_ids, experts).flatten()
+    order = keys.sort(stable=True).indices
+    *counts, skipped = keys.bincount(minlength=experts + 1).tolist()
+    # Skipped pairs come last; all of them share one row of zeros behind the others.
+    down = x.new_empty(sum(counts) + 1, x.shape[1])
+    down[-1] = 0
+    rows = x.index_select(0, order[: len(order) - skipped] // top_k)
+    gate_up = x.new_empty(max(counts), w13.shape[1])
+    first = 0
+    for expert, count in enumerate(counts):
+        if count:
+            pairs = slice(first, first + count)
+            torch.mm(rows[pairs], w13[expert].mT, out=gate_up[:count])
+            torch.mm(silu_mul(gate_up[:count]), w2[expert].mT, out=down[pairs])
+            first += count
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order))
+    places = places.clamp_(max=sum(counts)).view(expert_ids.shape)
+    weights = torch.where(used, weights, 0)
+    total = down.index_select(0, places[:, 0]).float().mul_(weights[:, :1])
+    for slot in range(1, top_k):  # fixed order: the same bits every time
+        total.addcmul_(down.index_select(0, places[:, slot]).float(), weights[:, slot, None])
+    return total
+
+
+def _expert_mlp_cpu(
+    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, expert_ids: Tensor, batch_invariant: bool
+) -> Tensor:
+    out = x.new_empty(x.shape)
+    if not batch_invariant and expert_ids.numel() > FEW_PAIRS[x.dtype]:
+        for rows in chunks(x, w2, expert_ids):
+            out[rows] = _sorted_by_expert(x[rows], w13, w2, weights[rows], expert_ids[rows])
+        return out
+    native_extension().expert_mlp_cpu(
+        x.data_ptr(),
+        w13.data_ptr(),
+        w2.data_ptr(),
+        weights.data_ptr(),
+        expert_ids.data_ptr(),
+        out.data_ptr(),
+        *x.shape,
+        w2.shape[2],
+        w13.shape[0],
+        weights.shape[1],
+        x.stride(0),
+        *w13.stride()[:2],
+        *w2.stride()[:2],
+        weights.stride(0),
+        expert_ids.stride(0),
+        KERNEL_DTYPES.index(x.dtype),
+        *cpu_queue(),
+    )
+    return out
+
+
+def _cpu_refuses(facts: dict[str, int]) -> str | None:
+    top_k = facts.get("top_k", 1)
+    return None if top_k <= MAX_TOP_K else f"it takes top_k up to {MAX_TOP_K}, got {top_k}"
+
+
 _expert_mlp = define(
     "expert_mlp",
     "Tensor x, Tensor w13, Tensor w2, Tensor weights, Tensor expert_ids, bool batch_invariant",
     "Tensor",
     fake=lambda x, *_: x.new_empty(x.shape),
-    cells={"reference": expert_mlp_reference},
+    cells={
+        "reference": expert_mlp_reference,
+        "cpu": Cell(_expert_mlp_cpu, refuses=_cpu_refuses),
+    },
     facts=lambda x, w13, w2, weights, *_: (
         ("experts", len(w13)),
         ("hidden", w2.shape[1]),

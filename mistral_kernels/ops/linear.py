@@ -7,7 +7,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from mistral_kernels.ops.checks import Arguments
-from mistral_kernels.ops.dispatch import define
+from mistral_kernels.ops.dispatch import (
+    KERNEL_DTYPES,
+    Cell,
+    cpu_queue,
+    define,
+    native_extension,
+)
+
+FEW_ROWS = {torch.float32: 8, torch.bfloat16: 8, torch.float16: 8}
 
 
 def linear_reference(x: Tensor, weight: Tensor, batch_invariant: bool) -> Tensor:
@@ -24,12 +32,31 @@ def linear_backward(grads: list[Tensor], x: Tensor, weight: Tensor, batch_invari
     return grad @ weight, grad.flatten(0, -2).mT @ x.flatten(0, -2)
 
 
+def _linear_cpu(x: Tensor, weight: Tensor, batch_invariant: bool) -> Tensor:
+    rows = x if x.dim() == 2 else x.flatten(0, -2)
+    if not batch_invariant and len(rows) > FEW_ROWS[x.dtype]:
+        return functional.linear(x, weight)
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    native_extension().linear_cpu(
+        rows.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        *rows.shape,
+        weight.shape[0],
+        rows.stride(0),
+        weight.stride(0),
+        KERNEL_DTYPES.index(x.dtype),
+        *cpu_queue(),
+    )
+    return out
+
+
 _linear = define(
     "linear",
     "Tensor x, Tensor weight, bool batch_invariant",
     "Tensor",
     fake=lambda x, weight, batch_invariant: x.new_empty((*x.shape[:-1], weight.shape[0])),
-    cells={"reference": linear_reference},
+    cells={"reference": linear_reference, "cpu": Cell(_linear_cpu)},
     differentiable=("x", "weight"),
     backward=linear_backward,
 )

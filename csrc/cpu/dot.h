@@ -1,0 +1,162 @@
+// Dot products of a few rows of x with kLanes rows of a weight that is streamed from memory.
+//
+// x is packed: up to kMaxRows of its rows lie interleaved, a vector of each in turn, so that one
+// pointer walks along all of them and a vector of the weight, once in a register, serves them all.
+// A pair of rows has one accumulator of kLanes partial sums, added up in the order of `sum_each`:
+// its bits depend on `in` alone, not on how many rows there are.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/buffer.h"
+#include "cpu/simd.h"
+
+namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH {
+
+constexpr int kMaxRows = 8;
+
+// ---- How a vector of T is read, of x as of the weight, and multiplied.
+
+template <typename T>
+struct Widened {
+  using Element = T;
+  static constexpr int kStep = kLanes;  // elements of a vector
+
+  static Floats read(const T* from, int64_t count) { return load(from, count); }
+  static Floats add(Floats sum, Floats weight, Floats x) { return sum + weight * x; }
+};
+
+template <typename T>
+struct FastestOf {
+  using Product = Widened<T>;
+};
+
+#if defined(__AVX512BF16__)
+// A lane holds two bf16, and gains the sum of two products at a time.
+struct Pairs {
+  using Element = BFloat16;
+  static constexpr int kStep = 2 * kLanes;
+
+  static Floats read(const BFloat16* from, int64_t count) {
+    const __mmask32 mask = count >= kStep ? ~0u : (1u << count) - 1;
+    return (Floats)_mm512_maskz_loadu_epi16(mask, from);
+  }
+  static Floats add(Floats sum, Floats weight, Floats x) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weight, (__m512bh)x);
+  }
+};
+
+template <>
+struct FastestOf<BFloat16> {
+  using Product = Pairs;
+};
+#endif
+
+template <typename T>
+using Fastest = typename FastestOf<T>::Product;
+
+// ---- Packed rows.
+
+// Rows that lie interleaved for so many: code exists for these numbers.
+inline int padded_rows(int rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : kMaxRows; }
+
+// Floats that one packed row takes.
+template <typename Product>
+inline int64_t packed_size(int64_t in) {
+  return round_up(in, Product::kStep) / Product::kStep * kLanes;
+}
+
+// Packs the rows row(0) .. row(rows - 1); the last one also fills the places behind it.
+template <typename Product, typename Row>
+inline void pack(int rows, int64_t in, Row&& row, float* packed) {
+  const int padded = padded_rows(rows);
+  for (int r = 0; r < padded; ++r) {
+    const typename Product::Element* from = row(std::min(r, rows - 1));
+    float* to = packed + r * kLanes;
+    for (int64_t i = 0; i < in; i += Product::kStep, to += padded * kLanes) {
+      store(to, Product::read(from + i, in - i));
+    }
+  }
+}
+
+// ---- Dot products.
+
+// Of a weight: row j starts at data + j * stride; only the first `count` rows exist.
+template <typename T>
+struct WeightRows {
+  const T* data;
+  int64_t stride;
+  int64_t count;
+};
+
+// Lane j of out[r] becomes the product of packed row r and weight row j, or garbage from `count`
+// on. On a machine with AVX-512 the weight comes at the speed of plain reading; 8 rows need 16
+// FMAs for each 2 vectors of it, as much as two FMA units do in the time that reading takes.
+template <typename Product, int kRows>
+void dot_rows(const float* x, const WeightRows<typename Product::Element>& weight, int64_t in,
+              Floats* out) {
+  using T = typename Product::Element;
+  constexpr int kStep = Product::kStep;
+  // So many rows of the weight are streamed at once: the accumulators fit the registers.
+  constexpr int kStreams = kRows == 8 ? kRegisters / 16 : std::min(kRegisters / 4 / kRows * 2, 4);
+  constexpr int kLine = std::max<int>(64 / sizeof(T), kStep);
+  // The hardware stops prefetching at the end of a row; 512 to 2048 bytes do equally well.
+  constexpr int64_t kAhead = 1024 / sizeof(T);
+  // All weight rows meet 16 KB of x before the next columns, so that these stay in L1.
+  constexpr int64_t kPanel = 4096 / kRows;
+  Floats sums[kRows][kLanes] = {};
+  for (int64_t first = 0; first < in; first += kPanel) {
+    const int64_t end = std::min(in, first + kPanel);
+    for (int j = 0; j < kLanes; j += kStreams) {
+      const T* rows[kStreams];
+      for (int s = 0; s < kStreams; ++s) {
+        rows[s] = weight.data + std::min<int64_t>(j + s, weight.count - 1) * weight.stride;
+      }
+      Floats acc[kRows][kStreams];
+      for (int r = 0; r < kRows; ++r) {
+        for (int s = 0; s < kStreams; ++s) acc[r][s] = sums[r][j + s];
+      }
+      const auto step = [&](int64_t i, int64_t count) {
+        Floats values[kStreams];
+        for (int s = 0; s < kStreams; ++s) values[s] = Product::read(rows[s] + i, count);
+        const float* at = x + i / kStep * (kRows * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const Floats factor = load(at + r * kLanes);
+          for (int s = 0; s < kStreams; ++s) acc[r][s] = Product::add(acc[r][s], values[s], factor);
+        }
+      };
+      int64_t i = first;
+      for (; i + kLine <= end; i += kLine) {
+        // Past the end of these columns follow those of the next rows.
+        const int64_t next = i + kAhead < end ? 0 : kStreams * weight.stride - (end - first);
+        for (int s = 0; s < kStreams; ++s) __builtin_prefetch(rows[s] + i + kAhead + next);
+#pragma GCC unroll 8
+        for (int k = 0; k < kLine; k += kStep) step(i + k, kStep);
+      }
+      for (; i < end; i += kStep) step(i, end - i);
+      for (int r = 0; r < kRows; ++r) {
+        for (int s = 0; s < kStreams; ++s) sums[r][j + s] = acc[r][s];
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) out[r] = sum_each(sums[r]);
+}
+
+// As above for `rows` packed rows; fills padded_rows(rows) of `out`.
+template <typename Product>
+inline void dot(int rows, const float* x, const WeightRows<typename Product::Element>& weight,
+                int64_t in, Floats* out) {
+  switch (padded_rows(rows)) {
+    case 1:
+      return dot_rows<Product, 1>(x, weight, in, out);
+    case 2:
+      return dot_rows<Product, 2>(x, weight, in, out);
+    case 4:
+      return dot_rows<Product, 4>(x, weight, in, out);
+    default:
+      return dot_rows<Product, kMaxRows>(x, weight, in, out);
+  }
+}
+
+}  // namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH
