@@ -25,6 +25,7 @@ constexpr int64_t kTile = 32;                     // keys that go round the head
 constexpr int kHeads = kRegisters == 32 ? 4 : 2;  // heads of a group in registers
 constexpr int kKeys = kLanes / kHeads;            // so that one sum_each ends all dot products
 constexpr int kVectors = 4;                       // of a value row in registers
+constexpr int64_t kAhead = 16;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Sizes of the arrays of one kv head, padded so that loops see whole vectors and blocks of heads.
@@ -147,15 +148,25 @@ void write_new(const DecodeAttention& args, int64_t sequence, int64_t head, floa
 template <typename Cache>
 void score_keys(const float* q, int64_t width, const Cache* const* rows, int64_t head_dim,
                 float* scores) {
+  const Cache *from[kKeys], *ahead[kKeys];
+  for (int key = 0; key < kKeys; ++key) {
+    from[key] = rows[key];
+    ahead[key] = rows[key + kAhead];
+  }
   Floats sums[kLanes] = {};
-  for_vectors(head_dim, [&](int64_t i, int64_t count) {
+  int64_t i = 0;
+  do {
     Floats keys[kKeys];
-    for (int key = 0; key < kKeys; ++key) keys[key] = load(rows[key] + i, count);
+    for (int key = 0; key < kKeys; ++key) {
+      keys[key] = load(from[key] + i, head_dim - i);
+      __builtin_prefetch(ahead[key] + i);
+    }
     for (int head = 0; head < kHeads; ++head) {
       const Floats query = load(q + head * width + i);
       for (int key = 0; key < kKeys; ++key) sums[head * kKeys + key] += query * keys[key];
     }
-  });
+    i += kLanes;
+  } while (i < head_dim);
   const Floats products = sum_each(sums);
   for (int head = 0; head < kHeads; ++head) {
     for (int key = 0; key < kKeys; ++key) {
@@ -194,8 +205,10 @@ void add_values(const float* weights, const Cache* const* rows, int64_t keys, in
   }
   for (int64_t key = 0; key < keys; ++key) {
     const Cache* row = rows[key] + first;
+    const Cache* ahead = rows[key + kAhead] + first;
     for (int i = 0; i < kCount; ++i) {
       const Floats value = kCount == 1 ? load(row, count) : load(row + i * kLanes);
+      __builtin_prefetch(ahead + i * kLanes);
       for (int head = 0; head < kHeads; ++head) {
         sum[head][i] += weights[head * kSplit + key] * value;
       }
@@ -260,11 +273,16 @@ void work_split(const DecodeAttention& args, const Layout& layout, int64_t seque
     write_new<T, Cache>(args, sequence, head, scratch.row);
   }
   const int64_t keys = std::max(int64_t{0}, end - first);
-  const Cache* k[kSplit + kKeys];
-  const Cache* v[kSplit];
-  find_rows(args.ring, args.ring.k, sequence, head, first, end, k);
-  find_rows(args.ring, args.ring.v, sequence, head, first, end, v);
-  for (int key = 0; key < kKeys && keys > 0; ++key) k[keys + key] = k[keys - 1];
+  // Rows of k up to whole kKeys, rows of v, and kAhead more for those who fetch ahead.
+  const Cache* rows[2 * kSplit + kKeys + kAhead];
+  const Cache** k = rows;
+  const Cache** v = k + round_up(keys, kKeys);
+  if (keys > 0) {
+    find_rows(args.ring, args.ring.k, sequence, head, first, end, k);
+    find_rows(args.ring, args.ring.v, sequence, head, first, end, v);
+    std::fill(k + keys, v, k[keys - 1]);
+    std::fill_n(v + keys, kAhead, v[keys - 1]);
+  }
   prepare_queries<T>(args, layout, sequence, head, scratch.q);
   attend(layout, args.head_dim, k, v, keys, scratch, partial);
 }
