@@ -138,6 +138,8 @@ RouteExperts route_experts_args(Address logits, Address positions, Address weigh
                                 int64_t stride_token, int dtype) {
   return {At{logits}, At{positions}, At{weights},  At{expert_ids}, tokens,
           experts,    top_k,         stride_token, Dtype(dtype)};
+}
+
 Linear linear_args(Address x, Address weight, Address out, int64_t rows, int64_t in_dim,
                    int64_t out_dim, int64_t stride_x_row, int64_t stride_weight_row, int dtype) {
   return {At{x},   At{weight},   At{out},           rows,        in_dim,
@@ -169,6 +171,8 @@ ExpertMlp expert_mlp_args(Address x, Address w13, Address w2, Address weights, A
           stride_weights_token,
           stride_ids_token,
           Dtype(dtype)};
+}
+
 StoreKv store_kv_args(const HeadRowsFields& k, const HeadRowsFields& v, const RingFields& fields,
                       Address cu_seqlens, Address context_lens, int64_t batch, int64_t tokens,
                       int64_t kv_heads, int64_t head_dim, int dtype) {
@@ -187,6 +191,8 @@ DecodeAttention decode_attention_args(const HeadRowsFields& q, const HeadRowsFie
           At{positions}, At{starts},   At{cos},      At{sin}, stride_cos, stride_sin,
           At{q_scale},   interleaved,  batch,        q_heads, kv_heads,   head_dim,
           window,        scale,        Dtype(dtype)};
+}
+
 PrefillAttention prefill_attention_args(Address q, Address k, Address v, Address out, Address lse,
                                         Address cu_seqlens, Address context_lens, Address starts,
                                         int64_t batch, int64_t tokens, int64_t q_heads,

@@ -72,6 +72,9 @@ struct RouteExperts {
   int64_t experts;
   int64_t top_k;         // 1 <= top_k <= experts
   int64_t stride_token;  // of logits, in elements
+  Dtype dtype;
+};
+
 // out[row][o] = round(sum over i of x[row][i] * weight[o][i]).
 struct Linear {
   const void* x;       // (rows, in_dim), last dimension contiguous
@@ -85,9 +88,9 @@ struct Linear {
   Dtype dtype;
 };
 
-// out = round(sum over slots of weights[slot] * w2[e] (silu(gate) * up)), (gate, up) = w13[e] x and
-// e = expert_ids[slot]; ids outside [0, experts) skip their slot. Last dimensions are contiguous,
-// strides are in elements.
+// out = round(sum over slots of weights[slot] * w2[e] (silu(gate) * up)), (gate, up) = w13[e] x
+// and e = expert_ids[slot]; ids outside [0, experts) skip their slot. Last dimensions are
+// contiguous, strides are in elements.
 struct ExpertMlp {
   const void* x;              // (tokens, hidden)
   const void* w13;            // (experts, 2 * ffn_dim, hidden), gate rows first, dtype of x
@@ -121,8 +124,8 @@ struct Pages {
   int64_t stride_scale;  // 0: one scale for all heads, 1: one a head
 };
 
-// The rolling cache of a layer: position p of sequence b lives in slot p % capacity, where capacity
-// is pages_per_seq * page_size, on page block_table[b][slot / page_size].
+// The rolling cache of a layer: position p of sequence b lives in slot p % capacity, where
+// capacity is pages_per_seq * page_size, on page block_table[b][slot / page_size].
 struct Ring {
   Pages k;
   Pages v;
@@ -179,7 +182,10 @@ struct DecodeAttention {
   int64_t window;  // at most the ring's capacity
   float scale;
   Dtype dtype;
-// softmax(q k^T * scale) v of packed, ragged sequences; their keys are the ring's and the new ones.
+};
+
+// softmax(q k^T * scale) v of packed, ragged sequences; their keys are the ring's and the new
+// ones.
 struct PrefillAttention {
   const void* q;  // (tokens, q_heads, head_dim), last dimension contiguous
   const void* k;  // (tokens, kv_heads, head_dim), likewise; null as v is: already in the ring
@@ -220,26 +226,17 @@ struct PrefillAttention {
 #endif
 
 // `threads` of torch's OpenMP pool take part; the bits do not depend on how many.
-#define MISTRAL_KERNELS_DECLARE(path, ...)                   \
-  namespace cpu::path {                                      \
-  void rms_norm(const RmsNorm& args, int threads);           \
-  void rope(const Rope& args, int threads);                  \
-  void route_experts(const RouteExperts& args, int threads); \
-  void silu_mul(const SiluMul& args, int threads);           \
-#define MISTRAL_KERNELS_DECLARE(path, ...)             \
-  namespace cpu::path {                                \
-  void rms_norm(const RmsNorm& args, int threads);     \
-  void linear(const Linear& args, int threads);        \
-  void expert_mlp(const ExpertMlp& args, int threads); \
-#define MISTRAL_KERNELS_DECLARE(path, ...)                         \
-  namespace cpu::path {                                            \
-  void rms_norm(const RmsNorm& args, int threads);                 \
-  void store_kv(const StoreKv& args, int threads);                 \
-  void decode_attention(const DecodeAttention& args, int threads); \
 #define MISTRAL_KERNELS_DECLARE(path, ...)                           \
   namespace cpu::path {                                              \
   void rms_norm(const RmsNorm& args, int threads);                   \
+  void rope(const Rope& args, int threads);                          \
+  void store_kv(const StoreKv& args, int threads);                   \
   void prefill_attention(const PrefillAttention& args, int threads); \
+  void decode_attention(const DecodeAttention& args, int threads);   \
+  void route_experts(const RouteExperts& args, int threads);         \
+  void expert_mlp(const ExpertMlp& args, int threads);               \
+  void silu_mul(const SiluMul& args, int threads);                   \
+  void linear(const Linear& args, int threads);                      \
   }
 MISTRAL_KERNELS_PATHS(MISTRAL_KERNELS_DECLARE, )
 #undef MISTRAL_KERNELS_DECLARE
