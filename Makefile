@@ -29,7 +29,7 @@ lint:
 	$(RUN) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 bench:
-	$(RUN) -m pytest benchmarks --benchmark-only
+	$(RUN) -m pytest benchmarks --benchmark-only --out benchmarks/results/cpu.json
 
 # Python files are used where they are (an editable install); everything compiled reinstalls.
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt

@@ -4,27 +4,42 @@ The peer writes the new key and attends the ring in slot order by torch's sdpa, 
 gives the same result. Neither rotates.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch.nn import functional
 
-from benchmarks.timing import DTYPES, Work, grid, measure
+from benchmarks.timing import Work
 from mistral_kernels import ops
 
-# (batch, q_heads, kv_heads, head_dim, window)
+OP = "decode_attention"
+
+
+class Shape(NamedTuple):
+    batch: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    window: int
+
+
 SHAPES = {
-    "cpu": {"small-1-w512": (1, 16, 4, 64, 512), "small-8-w512": (8, 16, 4, 64, 512)},
+    "tiny": {"tiny-2": Shape(2, 4, 2, 16, 32)},
+    "cpu": {
+        "small-1-w512": Shape(1, 16, 4, 64, 512),
+        "small-8-w512": Shape(8, 16, 4, 64, 512),
+        "7b-1-w4096": Shape(1, 32, 8, 128, 4096),
+    },
     "cuda": {
-        "7b-1-w4096": (1, 32, 8, 128, 4096),
-        "7b-8-w4096": (8, 32, 8, 128, 4096),
-        "7b-32-w4096": (32, 32, 8, 128, 4096),
+        "7b-1-w4096": Shape(1, 32, 8, 128, 4096),
+        "7b-8-w4096": Shape(8, 32, 8, 128, 4096),
+        "7b-32-w4096": Shape(32, 32, 8, 128, 4096),
     },
 }
 
 
-@grid("decode_attention", SHAPES)
-def test_decode_attention(benchmark, device, backend, shape):
+def test_decode_attention(bench, device, shape, dtype, backend):
     batch, q_heads, kv_heads, head_dim, window = shape
-    dtype = DTYPES[device]
     rows = torch.arange(batch, device=device)
     table = rows.int()[:, None]
     positions = (3 * window + 7 + rows).int()
@@ -37,13 +52,14 @@ def test_decode_attention(benchmark, device, backend, shape):
         return *qkv.split((q_heads, kv_heads, kv_heads), 1), *kv.transpose(2, 3)
 
     def run(q, k, v, k_cache, v_cache):
-        if backend != "torch":
-            where = (k_cache, v_cache, table, positions)
-            return ops.decode_attention(q, k, v, *where, window=window, backend=backend)
+        where = (k_cache, v_cache, table, positions)
+        return ops.decode_attention(q, k, v, *where, window=window, backend=backend)[0]
+
+    def by_sdpa(q, k, v, k_cache, v_cache):
         k_cache[rows, slots], v_cache[rows, slots] = k, v
         parts = q[:, :, None], k_cache.transpose(1, 2), v_cache.transpose(1, 2)
         return functional.scaled_dot_product_attention(*parts, enable_gqa=True)
 
     seen = batch * window * head_dim
-    moved = 2 * seen * kv_heads * dtype.itemsize
-    measure(benchmark, run, inputs, Work(bytes=moved, flops=4 * seen * q_heads))
+    work = Work(bytes=2 * seen * kv_heads * dtype.itemsize, flops=4 * seen * q_heads)
+    bench(run, inputs, work, {"sdpa": by_sdpa}, cold=True)

@@ -1,26 +1,43 @@
-"""expert_mlp: bound by reading the chosen experts for few tokens, by the tensor cores for many."""
+"""expert_mlp: bound by reading the chosen experts for few tokens, by the matrix units for many."""
+
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
-from benchmarks.timing import DTYPES, Work, grid, measure
+from benchmarks.timing import Work
 from mistral_kernels import ops
 
-# (tokens, hidden, ffn_dim, experts, top_k); routing is random
+OP = "expert_mlp"
+
+
+class Shape(NamedTuple):
+    tokens: int
+    hidden: int
+    ffn_dim: int
+    experts: int
+    top_k: int
+
+
 SHAPES = {
-    "cpu": {"small-1": (1, 512, 1792, 8, 2), "small-256": (256, 512, 1792, 8, 2)},
+    "tiny": {"tiny-1": Shape(1, 24, 40, 4, 2), "tiny-9": Shape(9, 24, 40, 4, 2)},
+    "cpu": {
+        "small-1": Shape(1, 512, 1792, 8, 2),
+        "small-8": Shape(8, 512, 1792, 8, 2),
+        "small-512": Shape(512, 512, 1792, 8, 2),
+    },
     "cuda": {
-        "8x7b-1": (1, 4096, 14336, 8, 2),
-        "8x7b-8": (8, 4096, 14336, 8, 2),
-        "8x7b-4096": (4096, 4096, 14336, 8, 2),
+        "8x7b-1": Shape(1, 4096, 14336, 8, 2),
+        "8x7b-8": Shape(8, 4096, 14336, 8, 2),
+        "8x7b-4096": Shape(4096, 4096, 14336, 8, 2),
     },
 }
 
 
 def expert_loop(x, w13, w2, weights, expert_ids):
-    """The eager loop over experts."""
+    """The eager loop over the experts that have tokens."""
     out = torch.zeros_like(x)
-    for expert in range(len(w13)):
+    for expert in expert_ids.unique().tolist():
         tokens, slots = (expert_ids == expert).nonzero(as_tuple=True)
         gate, up = functional.linear(x[tokens], w13[expert]).chunk(2, -1)
         down = functional.linear(functional.silu(gate) * up, w2[expert])
@@ -28,22 +45,33 @@ def expert_loop(x, w13, w2, weights, expert_ids):
     return out
 
 
-@grid("expert_mlp", SHAPES)
-def test_expert_mlp(benchmark, device, backend, shape):
+def grouped_mm(x, w13, w2, weights, expert_ids):
+    """Tokens sorted by expert, two grouped products, as transformers 5 does it by default."""
+    order = expert_ids.flatten().argsort()
+    ends = torch.bincount(expert_ids.flatten(), minlength=len(w13)).cumsum(0).int()
+    rows = x[order // expert_ids.shape[1]]
+    gate, up = functional.grouped_mm(rows, w13.mT, offs=ends).chunk(2, -1)
+    down = functional.grouped_mm(functional.silu(gate) * up, w2.mT, offs=ends)
+    weighted = torch.empty_like(down)
+    weighted[order] = down * weights.flatten()[order, None].to(x.dtype)
+    return weighted.view(*expert_ids.shape, -1).sum(1)
+
+
+def test_expert_mlp(bench, device, shape, dtype, backend):
     tokens, hidden, ffn_dim, experts, top_k = shape
-    kind = {"dtype": DTYPES[device], "device": device}
-    values, expert_ids = torch.rand(tokens, experts, device=device).topk(top_k)
+    kind = {"dtype": dtype, "device": device}
+    values, expert_ids = torch.rand(tokens, experts, device=device).topk(top_k)  # random routing
     weights, expert_ids = values.softmax(-1), expert_ids.int()
-    # The weights are read once a call and far larger than any cache: the input sets share them.
-    w13 = torch.randn(experts, 2 * ffn_dim, hidden, **kind)
-    w2 = torch.randn(experts, hidden, ffn_dim, **kind)
 
     def inputs():
+        w13 = torch.randn(experts, 2 * ffn_dim, hidden, **kind)
+        w2 = torch.randn(experts, hidden, ffn_dim, **kind)
         return torch.randn(tokens, hidden, **kind), w13, w2, weights, expert_ids
 
     def run(*call):
-        return expert_loop(*call) if backend == "torch" else ops.expert_mlp(*call, backend=backend)
+        return ops.expert_mlp(*call, backend=backend)
 
     touched = len(expert_ids.unique())
-    moved = (3 * touched * hidden * ffn_dim + 2 * tokens * hidden) * kind["dtype"].itemsize
-    measure(benchmark, run, inputs, Work(moved, 6 * tokens * top_k * hidden * ffn_dim))
+    moved = (3 * touched * hidden * ffn_dim + 2 * tokens * hidden) * dtype.itemsize
+    work = Work(bytes=moved, flops=6 * tokens * top_k * hidden * ffn_dim)
+    bench(run, inputs, work, {"loop": expert_loop, "grouped_mm": grouped_mm}, cold=True)

@@ -1,14 +1,30 @@
 """rope_ in place: bound by memory. Heads of Mistral 7B and of a small model, interleaved pairs."""
 
+from typing import NamedTuple
+
 import torch
 
-from benchmarks.timing import DTYPES, Work, grid, measure
+from benchmarks.timing import Work
 from mistral_kernels import ops
 
-# (tokens, q_heads, kv_heads, head_dim)
+OP = "rope_"
+
+
+class Shape(NamedTuple):
+    tokens: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+
+
 SHAPES = {
-    "cpu": {"7b-1": (1, 32, 8, 128), "small-2048": (2048, 16, 4, 64)},
-    "cuda": {"7b-1": (1, 32, 8, 128), "7b-32": (32, 32, 8, 128), "7b-16k": (16384, 32, 8, 128)},
+    "tiny": {"tiny-3": Shape(3, 4, 2, 16)},
+    "cpu": {"7b-1": Shape(1, 32, 8, 128), "small-2048": Shape(2048, 16, 4, 64)},
+    "cuda": {
+        "7b-1": Shape(1, 32, 8, 128),
+        "7b-32": Shape(32, 32, 8, 128),
+        "7b-16k": Shape(16384, 32, 8, 128),
+    },
 }
 
 
@@ -20,10 +36,8 @@ def rotate_by_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> No
     x.copy_(torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2))
 
 
-@grid("rope_", SHAPES)
-def test_rope(benchmark, device, backend, shape):
+def test_rope(bench, device, shape, dtype, backend):
     tokens, q_heads, kv_heads, head_dim = shape
-    dtype = DTYPES[device]
 
     def inputs():
         qkv = torch.randn(tokens, q_heads + 2 * kv_heads, head_dim, dtype=dtype, device=device)
@@ -33,14 +47,17 @@ def test_rope(benchmark, device, backend, shape):
         return q, k, angles.cos(), angles.sin(), positions
 
     def run(q, k, cos, sin, positions):
-        if backend == "torch":
-            rows = positions.long()
-            rotate_by_torch(q, cos[rows], sin[rows])
-            rotate_by_torch(k, cos[rows], sin[rows])
-        else:
-            ops.rope_(q, k, cos, sin, positions, interleaved=True, backend=backend)
+        ops.rope_(q, k, cos, sin, positions, interleaved=True, backend=backend)
+        return k
+
+    def by_torch(q, k, cos, sin, positions):
+        rows = positions.long()
+        rotate_by_torch(q, cos[rows], sin[rows])
+        rotate_by_torch(k, cos[rows], sin[rows])
+        return k
 
     elements = tokens * (q_heads + kv_heads) * head_dim
     tables = tokens * head_dim * 4  # cos and sin, float32
-    work = Work(bytes=2 * elements * dtype.itemsize + tables, flops=3 * elements)
-    measure(benchmark, run, inputs, work)
+    moved = 2 * elements * dtype.itemsize + tables
+    work = Work(bytes=moved, flops=3 * elements, writes=True)
+    bench(run, inputs, work, {"torch": by_torch})

@@ -1,22 +1,40 @@
 """store_kv_: bound by memory. One token a sequence and a prefill chunk, into rings of a window."""
 
+from typing import NamedTuple
+
 import torch
 
-from benchmarks.timing import DTYPES, Work, grid, measure
+from benchmarks.timing import Work
 from mistral_kernels import ops
 
-# (batch, tokens a sequence, kv_heads, head_dim, window)
-SHAPES = {
-    "cpu": {"small-decode-8": (8, 1, 4, 64, 512), "small-chunk-512": (1, 512, 4, 64, 512)},
-    "cuda": {"7b-decode-32": (32, 1, 8, 128, 4096), "7b-chunk-4096": (1, 4096, 8, 128, 4096)},
-}
+OP = "store_kv_"
 PAGE_SIZE = 16
 
 
-@grid("store_kv_", SHAPES)
-def test_store_kv(benchmark, device, backend, shape):
+class Shape(NamedTuple):
+    batch: int
+    chunk: int  # tokens a sequence
+    kv_heads: int
+    head_dim: int
+    window: int
+
+
+SHAPES = {
+    "tiny": {"tiny-2": Shape(2, 5, 2, 8, 32)},
+    "cpu": {
+        "small-decode-8": Shape(8, 1, 4, 64, 512),
+        "small-chunk-512": Shape(1, 512, 4, 64, 512),
+    },
+    "cuda": {
+        "7b-decode-32": Shape(32, 1, 8, 128, 4096),
+        "7b-chunk-4096": Shape(1, 4096, 8, 128, 4096),
+    },
+}
+
+
+def test_store_kv(bench, device, shape, dtype, backend):
     batch, chunk, kv_heads, head_dim, window = shape
-    dtype, pages = DTYPES[device], window // PAGE_SIZE
+    pages = window // PAGE_SIZE
 
     def inputs():
         kv = torch.randn(2, batch * chunk, kv_heads, head_dim, dtype=dtype, device=device)
@@ -29,14 +47,17 @@ def test_store_kv(benchmark, device, backend, shape):
         return *kv, *caches, table, cu_seqlens, context_lens
 
     def run(k, v, k_cache, v_cache, table, cu_seqlens, context_lens):
-        if backend != "torch":
-            where = (table, cu_seqlens, context_lens)
-            return ops.store_kv_(k, v, k_cache, v_cache, *where, backend=backend)
+        where = (table, cu_seqlens, context_lens)
+        ops.store_kv_(k, v, k_cache, v_cache, *where, backend=backend)
+        return v_cache
+
+    def by_torch(k, v, k_cache, v_cache, table, cu_seqlens, context_lens):
         positions = context_lens[:, None] + torch.arange(chunk, device=device)
         slots = positions % window
         page = table.gather(1, slots // PAGE_SIZE).flatten().long()
         k_cache[page, (slots % PAGE_SIZE).flatten()] = k
         v_cache[page, (slots % PAGE_SIZE).flatten()] = v
+        return v_cache
 
     moved = 4 * batch * chunk * kv_heads * head_dim * dtype.itemsize  # k and v, read and written
-    measure(benchmark, run, inputs, Work(bytes=moved, flops=0))
+    bench(run, inputs, Work(bytes=moved, flops=0, writes=True), {"torch": by_torch})

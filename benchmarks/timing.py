@@ -1,141 +1,170 @@
-"""What every benchmark of an op shares: who takes part, how a call is timed, how work is counted.
+"""How the calls of a benchmark are timed against its peers, and how their work is counted.
 
-A benchmark runs under pytest-benchmark: `pytest benchmarks/bench_rms_norm.py`. Its median is wall
-time of one call on warm inputs. On a GPU that mostly shows launch overhead, so the device time is
-added to `extra_info`: by CUDA events with a cold L2, and by replay of a graph over inputs in turn.
+Ours and the peers take turns on the same inputs, so that a machine that slows down for a while
+slows all of them. pytest-benchmark drives the rounds: its target is our call, and its untimed setup
+times one call of each peer.
 """
 
+import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import pytest
 import torch
+from torch import Tensor
 
-from mistral_kernels.ops import dispatch
+from benchmarks.device_time import cold_l2_s, graph_replay_s
+from benchmarks.limits import Limits, seconds
 
-DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
-REPEATS = 50
-INPUT_SETS = 8  # of a graph replay, so that small inputs do not stay in L2
-FLUSH_BYTES = 256 << 20  # several times any L2
+OURS = "ours"
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+BUDGET_S = 0.4  # of a benchmark, where that allows more rounds than MIN_ROUNDS
+COLD_BYTES = 256 << 20  # several times any cache
+MAX_SETS = 256
+GRAPH_SETS = 8  # inputs of a graph replay
+# Largest difference between two contestants, as a share of the largest value. A check that they do
+# the same, not of their precision: that is the tests' business.
+AGREE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
+
+Samples = dict[str, list[float]]  # contestant -> seconds of each round
 
 
 class Work(NamedTuple):
-    """Bytes that a call must move and operations that it must do; masked tiles do not count."""
+    """What one call must do at least; masked tiles do not count."""
 
-    bytes: int
+    bytes: int  # read and written
     flops: int
+    writes: bool = False  # writes about as much as it reads: held against the copy bandwidth
 
 
-def contestants(op: str, device: str) -> list[str]:
-    """Return the backends that can serve `op` on `device` here, and "torch", the peer."""
-    call = {"device_type": device, "dtype": DTYPES[device], "capability": None}
-    if device == "cuda":
-        call["capability"] = torch.cuda.get_device_capability()
-    served = [
-        name for name in dispatch.backends(op) if dispatch.prefer(op, backend=name, **call) == name
-    ]
-    return [*served, "torch"]
-
-
-def grid(op: str, shapes: dict[str, dict[str, Any]]) -> pytest.MarkDecorator:
-    """Parametrise a benchmark with (device, backend, shape).
-
-    Args:
-        op: a registered op.
-        shapes: device -> name -> shape. The devices that are absent here are left out.
-    """
-    params = [
-        pytest.param(device, backend, shape, id=f"{device}-{name}-{backend}")
-        for device in (("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
-        for name, shape in shapes[device].items()
-        for backend in contestants(op, device)
-    ]
-    return pytest.mark.parametrize(("device", "backend", "shape"), params)
-
-
-def measure(benchmark, run: Callable, make_inputs: Callable[[], tuple], work: Work) -> None:
-    """Time `run(*make_inputs())` and note work, rates and device times.
+def measure(
+    benchmark,
+    call: Callable[..., Tensor],
+    make_inputs: Callable[[], tuple],
+    peers: Mapping[str, Callable[..., Tensor]],
+    *,
+    cold: bool = False,
+    compare: bool = True,
+    rounds: int | None = None,
+    steps: int = 1,
+) -> Samples:
+    """Time `call` and `peers` on the same inputs, in turns.
 
     Args:
         benchmark: pytest-benchmark's fixture.
-        run: one call; its inputs may be written, but the next call must cost the same.
+        call: our way; its inputs may be written, but the next call must cost the same.
         make_inputs: makes a fresh set of inputs on the device.
-        work: useful work of one call.
+        peers: name -> another way to the same result.
+        cold: the op streams weights or a cache that no earlier call left in the CPU's caches: each
+            call takes the next of so many input sets that all of them exceed any cache.
+        compare: refuse to time contestants that do not give the same values.
+        rounds: calls of each contestant; None: as many as the budget allows.
+        steps: equal steps in a call; the times are those of one step.
+
+    Returns:
+        Seconds of each round by contestant; on a GPU device times, and one more sample "graph".
+        Empty under --benchmark-disable.
+
+    Raises:
+        AssertionError: two contestants do not agree.
     """
+    contestants = {OURS: call, **peers}
     inputs = make_inputs()
-    on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs)
-
-    def call() -> None:
-        run(*inputs)
-        if on_gpu:
-            torch.cuda.synchronize()
-
-    benchmark.extra_info.update(work._asdict())
     with torch.inference_mode():
-        call()  # a first call may compile
-        benchmark(call)
-        if on_gpu:
-            if benchmark.disabled:
-                return
-            note(benchmark, "cold_l2", cold_l2_us(run, inputs), work)
-            # The reference and some peers wait for the GPU, which a graph cannot hold.
-            if benchmark.params["backend"] in ("triton", "cuda"):
-                sets = [make_inputs() for _ in range(INPUT_SETS)]
-                note(benchmark, "graph", graph_replay_us(run, sets), work)
-        elif not benchmark.disabled:
-            times = [1e6 * seconds for seconds in benchmark.stats.stats.data]
-            note(benchmark, "wall", times, work)
+        results = first_results(contestants, inputs)
+        if compare:
+            check_agreement(results, AGREE[benchmark.params["dtype"]])
+        if benchmark.disabled:
+            benchmark.pedantic(call, inputs)
+            return {}
+        if any(isinstance(value, Tensor) and value.is_cuda for value in inputs):
+            return _on_gpu(benchmark, contestants, make_inputs, inputs)
+        sets = itertools.cycle([inputs, *_more_sets(make_inputs, inputs)] if cold else [inputs])
+        if rounds is None:
+            round_s = sum(seconds(run, *next(sets)) for run in contestants.values())
+            rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(BUDGET_S / round_s)))
+        samples: Samples = {name: [] for name in contestants}
+
+        def time_one(name: str) -> None:
+            samples[name].append(seconds(contestants[name], *next(sets)) / steps)
+
+        def time_peers() -> None:
+            for name in peers:
+                time_one(name)
+
+        benchmark.pedantic(time_one, (OURS,), setup=time_peers, rounds=rounds)
+    return samples
 
 
-def note(benchmark, name: str, times_us: list[float], work: Work) -> None:
-    """Add median, quartiles and rates of one way of timing to the benchmark's extra_info."""
-    if len(times_us) < 2:  # quartiles need two
-        times_us = times_us * 2
-    q1, median, q3 = statistics.quantiles(times_us, n=4, method="inclusive")
-    benchmark.extra_info.update(
-        {
-            f"{name}_us": median,
-            f"{name}_q1_us": q1,
-            f"{name}_q3_us": q3,
-            f"{name}_gb_s": work.bytes / median / 1e3,
-            f"{name}_tflops": work.flops / median / 1e6,
-        }
-    )
+def first_results(contestants: Mapping[str, Callable], inputs: tuple) -> dict[str, Tensor]:
+    """Call each contestant once, untimed: a first call may compile, or make tables."""
+    results = {}
+    for name, run in contestants.items():
+        copies = (value.clone() if isinstance(value, Tensor) else value for value in inputs)
+        results[name] = run(*copies).flatten().float()
+    return results
 
 
-def cold_l2_us(run: Callable, inputs: tuple) -> list[float]:
-    """Return device times of single calls, each after the L2 was overwritten."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    pairs = []
-    for _ in range(REPEATS):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run(*inputs)
-        end.record()
-        pairs.append((begin, end))
-    torch.cuda.synchronize()
-    return [1e3 * begin.elapsed_time(end) for begin, end in pairs]
+def check_agreement(results: Mapping[str, Tensor], share: float) -> None:
+    """Raise an AssertionError if a result is off by more than `share` of our largest value."""
+    ours = results[OURS]
+    size = ours.abs().max()
+    for name, theirs in results.items():
+        gap = (ours - theirs).abs().max()
+        assert gap <= share * size, f"{name} is off by {gap} where values reach {size}"
 
 
-def graph_replay_us(run: Callable, sets: list[tuple]) -> list[float]:
-    """Return device times of one call each, from replays of a graph of calls on all input sets."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # what is made at a first call must not be captured
-        for inputs in sets:
-            run(*inputs)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for inputs in sets:
-            run(*inputs)
-    times = []
-    for _ in range(REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * begin.elapsed_time(end) / len(sets))
-    return times
+def _more_sets(make_inputs: Callable[[], tuple], inputs: tuple) -> list[tuple]:
+    size = sum(value.nbytes for value in inputs if isinstance(value, Tensor))
+    return [make_inputs() for _ in range(min(MAX_SETS, COLD_BYTES // size))]
+
+
+def _on_gpu(benchmark, contestants, make_inputs, inputs) -> Samples:
+    benchmark.pedantic(seconds, (contestants[OURS], *inputs), rounds=MIN_ROUNDS)
+    samples = {name: cold_l2_s(run, inputs) for name, run in contestants.items()}
+    # The reference and some peers wait for the GPU, which a graph cannot hold.
+    if benchmark.params["backend"] in ("triton", "cuda"):
+        sets = [make_inputs() for _ in range(GRAPH_SETS)]
+        samples["graph"] = graph_replay_s(contestants[OURS], sets)
+    return samples
+
+
+def summary(samples: Samples, work: Work, limits: Limits) -> dict[str, Any]:
+    """Return the columns of a row: median and quartiles of each contestant, and what they mean.
+
+    `gb_s` and `gflop_s` are rates of useful work. `limit` names the bound that allows least: "read"
+    or "copy" bandwidth, or "matmul"; `limit_fraction` is that bound's time over ours, above 1 where
+    the inputs lie in a cache. `peers` holds the same times of each peer, and `ratio` its time over
+    ours.
+    """
+    times = {name: _quartiles(values) for name, values in samples.items()}
+    ours = times.pop(OURS)
+    bandwidth = "copy" if work.writes else "read"
+    bounds_s = {
+        bandwidth: work.bytes / getattr(limits, f"{bandwidth}_gb_s") / 1e9,
+        "matmul": work.flops / limits.matmul_gflop_s / 1e9,
+    }
+    limit = max(bounds_s, key=bounds_s.__getitem__)
+    median_s = ours["median_us"] / 1e6
+    return {
+        **ours,
+        "rounds": len(samples[OURS]),
+        "gb_s": _short(work.bytes / median_s / 1e9),
+        "gflop_s": _short(work.flops / median_s / 1e9),
+        "limit": limit,
+        "limit_fraction": _short(bounds_s[limit] / median_s),
+        "peers": {
+            name: time | {"ratio": _short(time["median_us"] / ours["median_us"])}
+            for name, time in times.items()
+        },
+    }
+
+
+def _quartiles(values: list[float]) -> dict[str, float]:
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median_us": _short(1e6 * median), "q1_us": _short(1e6 * q1), "q3_us": _short(1e6 * q3)}
+
+
+def _short(number: float) -> float:
+    """Four digits: more would be noise, and make the committed files longer."""
+    return float(f"{number:.4g}")

@@ -37,7 +37,7 @@ def collect() -> dict[str, Any]:
             "mistral_kernels": mistral_kernels.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": _version("triton"),
+            "triton": version("triton"),
         },
         "built": core and core.build_info(),
         "instruction_set": core and core.instruction_sets()[dispatch.instruction_set()],
@@ -56,7 +56,8 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Return the version of an installed package, None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,20 +1,75 @@
-"""Every benchmark runs: one call of each case, nothing timed."""
+"""Every benchmark runs on tiny shapes and agrees with its peers; its row says what was measured."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from benchmarks.environment import cpu_name
+from benchmarks.limits import Limits
+from benchmarks.memory import peak_bytes
+from benchmarks.timing import Work, check_agreement, summary
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_every_benchmark_runs():
-    files = sorted(map(str, (ROOT / "benchmarks").glob("bench_*.py")))
+def run_benchmarks(*arguments: str) -> str:
     shown = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rA", "--benchmark-disable", *files],
+        [sys.executable, "-m", "pytest", "-q", "-rA", "--sizes", "tiny", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert shown.returncode == 0, shown.stdout[-4000:]
+    return shown.stdout
+
+
+def test_every_benchmark_runs():
+    files = sorted(map(str, (ROOT / "benchmarks").glob("bench_*.py")))
+    shown = run_benchmarks("--benchmark-disable", *files)
     for path in files:
-        assert f"PASSED benchmarks/{Path(path).name}" in shown.stdout
+        assert f"PASSED benchmarks/{Path(path).name}" in shown
+
+
+def test_results_are_written(tmp_path):
+    out = tmp_path / "new" / "results.json"
+    run_benchmarks("benchmarks/bench_rms_norm.py", "--benchmark-only", "--out", str(out))
+    results = json.loads(out.read_text())
+    assert results["environment"]["cpu"] == cpu_name()
+    assert results["environment"]["torch"] == torch.__version__
+    assert results["limits"]["cpu"].keys() == set(Limits._fields)
+    cpu = [row for row in results["rows"] if row["device"] == "cpu"]
+    assert [(row["dtype"], row["tokens"]) for row in cpu] == [("float32", 3), ("bfloat16", 3)]
+    for row in cpu:
+        assert 0 < row["q1_us"] <= row["median_us"] <= row["q3_us"]
+        assert row["peers"]["torch"]["ratio"] > 0
+
+
+def test_a_row_holds_rates_shares_and_ratios():
+    samples = {"ours": [1e-3, 3e-3, 2e-3], "torch": [4e-3, 4e-3, 4e-3]}
+    limits = Limits(read_gb_s=10.0, copy_gb_s=5.0, matmul_gflop_s=100.0)
+    row = summary(samples, Work(bytes=10**7, flops=10**6), limits)
+    assert (row["median_us"], row["rounds"], row["gb_s"], row["gflop_s"]) == (2e3, 3, 5.0, 0.5)
+    assert (row["limit"], row["limit_fraction"]) == ("read", 0.5)
+    assert row["peers"]["torch"]["ratio"] == 2.0
+    assert summary(samples, Work(10**7, 10**6, writes=True), limits)["limit_fraction"] == 1.0
+    assert summary(samples, Work(10**3, 10**8), limits)["limit"] == "matmul"
+
+
+def test_contestants_that_disagree_are_refused():
+    ours = torch.tensor([1.0, -2.0])
+    check_agreement({"ours": ours, "torch": ours + 1e-3}, 1e-3)
+    with pytest.raises(AssertionError, match="torch is off by"):
+        check_agreement({"ours": ours, "torch": ours + 3e-3}, 1e-3)
+    with pytest.raises(AssertionError, match="torch is off by nan"):
+        check_agreement({"ours": ours, "torch": ours * torch.nan}, 1e-3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells its peak")
+def test_peak_memory_is_that_of_the_call():
+    size = 64 << 20
+    peak = peak_bytes(lambda: torch.ones(size, dtype=torch.uint8))
+    assert peak is None or 0.9 * size < peak < 1.5 * size

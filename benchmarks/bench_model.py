@@ -1,0 +1,169 @@
+"""The whole model against transformers with its defaults, on the same weights and tokens.
+
+Decode: the time of one token after 2048, of calls that feed 8. Prefill: a whole prompt into a new
+cache, logits of its last token, on both sides. Weights are random, as are the keys and values of
+the 2048 tokens: no step of either side depends on their values, except for the choice of experts,
+and both get the same. The logits of both are compared before anything is timed (of the mixture in
+float32 only).
+
+Prompts run through `2048 // tokens` of the layers, at least one: layers are alike, and all of them
+would take half an hour. For the same reason the longest are called three times, not five, and long
+ones run in float32 only. `--sizes full` spares nothing.
+"""
+
+from math import prod
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from benchmarks import peers
+from benchmarks.timing import OURS, Work
+from mistral_kernels import Transformer, ops
+from mistral_kernels.model.cache import KVCache
+from mistral_kernels.model.config import ModelConfig
+from mistral_kernels.model.weight_table import parameter_shapes
+
+OP = "model"
+STEPS = 8  # tokens of a timed decode call
+ROUNDS = 5
+LAYER_TOKENS = 2048  # tokens times layers of a prompt; this and the next: unless --sizes is full
+LONG_TOKENS, LONG_ROUNDS = 4096, 3
+BF16_TOKENS = (
+    512  # longest prompt in bfloat16, which takes thrice the time without its instructions
+)
+
+
+class Shape(NamedTuple):
+    context: int  # tokens in the cache
+    tokens: int  # of a prompt; 1: decode
+    layers: int
+    hidden: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    experts: int
+    vocab: int
+    window: int
+
+
+# layers .. window of Shape
+SIZES = {
+    "dense-180m": (12, 1024, 16, 4, 64, 3584, 0, 8192, 512),
+    "mixtral-191m": (8, 512, 8, 4, 64, 1792, 8, 8192, 512),
+}
+TINY = {"dense": (2, 32, 4, 2, 16, 48, 0, 64, 8), "mixtral": (2, 32, 4, 2, 16, 48, 4, 64, 8)}
+
+
+def shapes(sizes: dict[str, tuple], context: int, prompts: tuple[int, ...]) -> dict[str, Shape]:
+    """Return decode after `context` tokens and prefill of each of `prompts`, for every size."""
+    found = {}
+    for name, size in sizes.items():
+        found[f"{name}-decode"] = Shape(context, 1, *size)
+        found |= {f"{name}-prefill-{tokens}": Shape(0, tokens, *size) for tokens in prompts}
+    return found
+
+
+SHAPES = {
+    "tiny": shapes(TINY, 40, (20,)),
+    "cpu": shapes(SIZES, 2048, (128, 512, 2048, 8192)),
+    "cuda": {},
+}
+
+
+def random_model(shape: Shape, dtype: torch.dtype) -> Transformer:
+    """A model of that shape; the spread of its weights is the one that transformers gives."""
+    sizes = shape._asdict()
+    for name in ("context", "tokens", "window"):
+        del sizes[name]
+    config = ModelConfig(
+        **sizes,
+        norm_eps=1e-5,
+        rope_theta=1e4,
+        windows=(shape.window,) * shape.layers,
+        top_k=min(2, shape.experts),
+        interleaved=False,
+    )
+    model = Transformer(config, device="cpu", dtype=dtype)
+    for parameter in model.parameters():
+        parameter.fill_(1) if parameter.dim() == 1 else parameter.normal_(std=0.02)
+    return model
+
+
+def work_of(config: ModelConfig, shape: Shape, dtype: torch.dtype) -> Work:
+    """Weights in use and visible keys of one token or one prompt, read once; their products."""
+    tokens, window = shape.tokens, shape.window
+    read = worked = 0
+    for name, size in parameter_shapes(config).items():
+        elements = prod(size)
+        of_experts = config.experts and name.endswith(("w13", "w2"))
+        if name == "tok_embeddings":
+            continue  # a row a token
+        share = config.top_k / config.experts if of_experts else 1
+        read += elements * (min(1, share * tokens) if of_experts else 1)
+        worked += elements * share * (1 if name == "output" else tokens)
+    pairs = sum(min(window, shape.context + i + 1) for i in range(tokens))  # (query, key)
+    keys = min(window, shape.context) * config.kv_heads * config.head_dim
+    heads = config.q_heads * config.head_dim
+    flops = 2 * worked + 4 * pairs * heads * config.layers
+    return Work(int((read + 2 * keys * config.layers) * dtype.itemsize), int(flops))
+
+
+def filled_cache(model: Transformer, keys_values: torch.Tensor, max_tokens: int) -> KVCache:
+    """Our cache with what `peers.Peer.cache` puts into theirs."""
+    tokens = keys_values.shape[-2]
+    cache = model.new_cache(1, max_tokens)
+    offsets = torch.tensor([0, tokens], dtype=torch.int32)
+    for layer, (k, v) in zip(cache.layers, keys_values[:, :, 0].transpose(2, 3), strict=True):
+        ops.store_kv_(k, v, layer.k, layer.v, layer.block_table, offsets, offsets[:1])
+    cache.advance([tokens])
+    return cache
+
+
+def test_model(bench, request, shape, dtype):
+    rounds = ROUNDS
+    if shape.tokens > 1 and request.config.getoption("sizes") != "full":
+        if dtype == torch.bfloat16 and shape.tokens > BF16_TOKENS:
+            pytest.skip("a long prompt in bfloat16 runs with --sizes full only")
+        shape = shape._replace(layers=max(1, min(shape.layers, LAYER_TOKENS // shape.tokens)))
+        rounds = ROUNDS if shape.tokens < LONG_TOKENS else LONG_ROUNDS
+    model = random_model(shape, dtype)
+    theirs = peers.Peer(model) if peers.installed() else None
+    contest = decode_contest if shape.tokens == 1 else prefill_contest
+    calls = contest(model, theirs, shape)
+    work = work_of(model.config, shape, dtype)
+    steps = STEPS if shape.tokens == 1 else 1
+    # Rounding to bf16 may send a token to another expert, and then nothing else is alike.
+    compare = not shape.experts or dtype == torch.float32
+    row = bench(calls.pop(OURS), tuple, work, calls, compare=compare, rounds=rounds, steps=steps)
+    row["layers"] = shape.layers
+
+
+def decode_contest(model: Transformer, theirs: peers.Peer | None, shape: Shape) -> dict:
+    """Calls that go on from `context` tokens: rings are full, so each costs the same."""
+    heads = (model.config.kv_heads, shape.context, model.config.head_dim)
+    keys_values = torch.randn(shape.layers, 2, 1, *heads).to(model.dtype)
+    tokens = torch.randint(shape.vocab, (STEPS,))
+    cache = filled_cache(model, keys_values, shape.context + STEPS * (ROUNDS + 1))
+
+    def decode() -> torch.Tensor:
+        return torch.cat([model.forward(token[None], [1], cache) for token in tokens])
+
+    if theirs is None:
+        return {OURS: decode}
+    their_cache = theirs.cache(keys_values)
+    return {OURS: decode, peers.NAME: lambda: theirs.decode(tokens, their_cache)}
+
+
+def prefill_contest(model: Transformer, theirs: peers.Peer | None, shape: Shape) -> dict:
+    """Calls that feed a whole prompt to a new cache."""
+    prompt = torch.randint(shape.vocab, (shape.tokens,))
+
+    def prefill() -> torch.Tensor:
+        cache = model.new_cache(1, shape.tokens)
+        return model.forward(prompt, [shape.tokens], cache, last_only=True)
+
+    if theirs is None:
+        return {OURS: prefill}
+    return {OURS: prefill, peers.NAME: lambda: theirs.prefill(prompt)}

@@ -1,0 +1,215 @@
+"""README's table and plot of speed, made from a benchmark's results: `python -m benchmarks.report`.
+
+Results are what `make bench` wrote. Everything that README shows stands in them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+PLOT = RESULTS.with_name("prefill_attention.png")
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+HEADER = "| case | against | wanted | float32 | bfloat16 |"
+MISSING = "not measured"
+DTYPES = ("float32", "bfloat16")  # the last two columns
+LENGTHS = ("2k", "4k", "8k", "16k")  # of the plot and the exponents
+
+
+class Line(NamedTuple):
+    """A case of the results, and one peer of it."""
+
+    label: str
+    op: str
+    case: str
+    peer: str
+    wanted: str = ""  # times faster than the peer; empty: no bar was set; 0.97 is 1.03x its time
+
+
+ATTENTION = "attention, 8k tokens, window 512, 16/4 heads of 64"
+DENSE = "dense-180m: a token after 2048, window 512"
+MIXTRAL = "mixtral-191m: the same"
+LINES = (
+    Line(ATTENTION, "prefill_attention", "small-8k-w512", "masked sdpa", "6"),
+    Line(ATTENTION, "prefill_attention", "small-8k-w512", "sdpa in blocks", "1.3"),
+    Line(DENSE, "model", "dense-180m-decode", "transformers", "2"),
+    Line(MIXTRAL, "model", "mixtral-191m-decode", "transformers", "2.5; bfloat16 3"),
+    *(
+        Line(
+            *(f"{name}, prompt of {tokens}", "model", f"{name}-prefill-{tokens}"),
+            *("transformers", "0.97"),
+        )
+        for name in ("dense-180m", "mixtral-191m")
+        for tokens in (128, 512, 2048, 8192)
+    ),
+    Line("`decode_attention`, window 4096, 32/8 heads", "decode_attention", "7b-1-w4096", "sdpa"),
+    Line("`linear`, 1 row, 1024 to 7168", "linear", "small-w13-1", "torch"),
+    Line("`linear`, 8 rows", "linear", "small-w13-8", "torch"),
+    Line("`expert_mlp`, 1 token, 8 x 512 x 1792", "expert_mlp", "small-1", "grouped_mm"),
+    Line("`expert_mlp`, 512 tokens", "expert_mlp", "small-512", "grouped_mm"),
+    Line("`rms_norm`, 2048 x 1024", "rms_norm", "small-2048", "torch"),
+    Line("`rope_`, 2048 x 20 heads of 64", "rope_", "small-2048", "torch"),
+    Line("`silu_mul`, 2048 x 3584", "silu_mul", "small-2048", "torch"),
+    Line("`store_kv_`, 512 x 4 heads of 64", "store_kv_", "small-chunk-512", "torch"),
+    Line("`route_experts`, 2048 x 8", "route_experts", "8x7b-2048", "torch"),
+)  # fmt: skip
+
+
+def section(results: dict[str, Any]) -> str:
+    """Return README's part on speed, in Markdown.
+
+    Args:
+        results: "environment", "limits" and "rows" as `make bench` writes them; rows may be missing
+            and say so, and so may the peers of a row.
+    """
+    lines = [HEADER, "|" + " --- |" * (HEADER.count("|") - 1)]
+    for line in LINES:
+        rows = (find(results, line.op, line.case, dtype) for dtype in DTYPES)
+        cells = (line.label, line.peer, line.wanted, *(_cell(line, row) for row in rows))
+        lines.append(f"| {' | '.join(cells)} |")
+    notes = [note for note in (_scaling(results), _machine(results)) if note]
+    return "\n".join(lines + [part for note in notes for part in ("", note)])
+
+
+def find(results: dict[str, Any], op: str, case: str, dtype: str) -> dict[str, Any] | None:
+    """Return the row of a case on the CPU, None if it was not measured."""
+    wanted = {"op": op, "case": case, "dtype": dtype, "device": "cpu"}
+    for row in results["rows"]:
+        if wanted.items() <= row.items():
+            return row
+    return None
+
+
+def _cell(line: Line, row: dict[str, Any] | None) -> str:
+    """Our time, the peer's, how many times faster that is, and the share of the limit."""
+    if row is None:
+        return MISSING
+    ours = duration(row["median_us"])
+    if row["backend"] == "reference":
+        ours += " (reference)"
+    if row["op"] == "model" and row["tokens"] > 1:
+        ours += f" ({row['layers']} layer{'s' if row['layers'] > 1 else ''})"
+    peer = row["peers"].get(line.peer)
+    theirs = f", {line.peer} {MISSING}"
+    if peer is not None:
+        theirs = f" against {duration(peer['median_us'])}: {peer['ratio']:.2f}x"
+    return f"{ours}{theirs}; {100 * row['limit_fraction']:.0f} % of {row['limit']}"
+
+
+def duration(us: float) -> str:
+    """Return a time in three digits and a unit that suits it."""
+    for unit, factor in (("us", 1), ("ms", 1e3), ("s", 1e6)):
+        if us < 1e3 * factor or unit == "s":
+            digits = max(0, 2 - math.floor(math.log10(us / factor)))
+            return f"{us / factor:.{digits}f} {unit}"
+    raise AssertionError("the last unit takes any time")
+
+
+def exponent(points: list[tuple[float, float]]) -> float:
+    """Return the power of x with which y grows: the slope of log y over log x."""
+    x, y = ([math.log(value) for value in values] for values in zip(*points, strict=True))
+    return statistics.linear_regression(x, y).slope
+
+
+def _attention(results: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = (
+        find(results, "prefill_attention", f"small-{length}-w512", "float32") for length in LENGTHS
+    )
+    return [row for row in rows if row]
+
+
+def _scaling(results: dict[str, Any]) -> str:
+    rows = _attention(results)
+    if len(rows) < len(LENGTHS):
+        return ""
+    time = exponent([(row["tokens"], row["median_us"]) for row in rows])
+    text = f"From 2k to 16k tokens the time of windowed attention grows as tokens^{time:.2f}"
+    memory = [(row["tokens"], row["peak_bytes"]) for row in rows if row.get("peak_bytes")]
+    if len(memory) == len(rows):
+        text += f", its memory (output and scratch) as tokens^{exponent(memory):.2f}"
+    return f"{text}: ![time over tokens]({PLOT.relative_to(ROOT)})"
+
+
+def _machine(results: dict[str, Any]) -> str:
+    machine, limits = results["environment"], results["limits"].get("cpu")
+    if limits is None:
+        return ""
+    peer = (
+        f"transformers {machine['transformers']}"
+        if machine["transformers"]
+        else ("transformers not installed")
+    )
+    return (
+        f"Medians on {machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']},"
+        f" torch {machine['torch']}, {peer}, {machine['date']}, commit {machine['commit']},"
+        f" `{machine['command']}`. Ours and the peers took turns. Limits measured in the same run:"
+        f" read {limits['read_gb_s']:.1f} GB/s, copy {limits['copy_gb_s']:.1f} GB/s (both ways),"
+        f" float32 matmul {limits['matmul_gflop_s']:.0f} GFLOP/s; tensors"
+        " that lie in a cache pass 100 %."
+    )
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return the results in a file; without the file, results in which nothing was measured."""
+    if not path.exists():
+        return {"environment": {}, "limits": {}, "rows": []}
+    return json.loads(path.read_text())
+
+
+def replace_section(readme: str, text: str) -> str:
+    """Return `readme` with `text` between its two markers.
+
+    Raises:
+        ValueError: the markers are not there, each once and in order.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in before + after:
+        raise ValueError(f"README: expected {BEGIN} and {END}, each once and in this order")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def draw(results: dict[str, Any], path: Path) -> bool:
+    """Draw attention's time over tokens, ours and peers; False if too little was measured."""
+    rows = _attention(results)
+    if len(rows) < 2:
+        return False
+    from matplotlib.figure import Figure
+
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, time in {"mistral_kernels": row, **row["peers"]}.items():
+            curves.setdefault(name, []).append((row["tokens"], time["median_us"] / 1e3))
+    figure = Figure(figsize=(6, 3.5), dpi=100, layout="tight")
+    axes = figure.subplots()
+    for name, points in curves.items():
+        axes.loglog(*zip(*points, strict=True), marker="o", label=name)
+    ticks = [row["tokens"] for row in rows]
+    axes.set_xticks(ticks, [f"{tokens // 1024}k" for tokens in ticks], minor=False)
+    axes.minorticks_off()
+    axes.set(xlabel="tokens", ylabel="ms", title="Attention, window 512, 16/4 heads of 64, float32")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+    return True
+
+
+def main() -> int:
+    results = load(RESULTS)
+    if not results["rows"]:
+        print(f"{RESULTS.relative_to(ROOT)}: no results; `make bench` makes them")
+        return 1
+    README.write_text(replace_section(README.read_text(), section(results)))
+    draw(results, PLOT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""README's table of speed is what the committed results say; and what a report makes of results."""
+
+import json
+
+import pytest
+
+from benchmarks import report
+
+LIMITS = {"read_gb_s": 31.0, "copy_gb_s": 20.0, "matmul_gflop_s": 200.0}
+MACHINE = {
+    "cpu": "a processor",
+    "threads": 2,
+    "instruction_set": "avx512",
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "date": "2026-01-02",
+    "commit": "abc1234",
+    "command": "pytest benchmarks",
+}
+
+
+def row(op: str, case: str, median_us: float, **fields) -> dict:
+    times = {"median_us": median_us, "limit": "read", "limit_fraction": 0.8}
+    where = {"op": op, "case": case, "device": "cpu", "dtype": "float32", "backend": "cpu"}
+    return where | times | {"peers": {}} | fields
+
+
+def results(*rows: dict) -> dict:
+    return {"environment": MACHINE, "limits": {"cpu": LIMITS}, "rows": list(rows)}
+
+
+def attention(exponent: float) -> list[dict]:
+    """Rows at 2k to 16k tokens whose time and memory grow with that power."""
+    return [
+        row(
+            "prefill_attention",
+            f"small-{length}-w512",
+            100.0 * (2**step) ** exponent,
+            tokens=2048 * 2**step,
+            peak_bytes=4096 * 2**step,
+            peers={"sdpa in blocks": {"median_us": 400.0 * 2**step, "ratio": 4.0}},
+        )
+        for step, length in enumerate(report.LENGTHS)
+    ]
+
+
+def line(section: str, label: str) -> str:
+    (found,) = (line for line in section.splitlines() if line.startswith(f"| {label}"))
+    return found
+
+
+def test_readme_shows_the_committed_results():
+    readme = report.README.read_text()
+    committed = report.section(report.load(report.RESULTS))
+    assert report.replace_section(readme, committed) == readme
+
+
+def test_a_case_with_its_peer():
+    peers = {"torch": {"median_us": 2460.0, "ratio": 2.0}}
+    text = report.section(results(row("linear", "small-w13-1", 1230.0, peers=peers)))
+    assert line(text, "`linear`, 1 row").endswith(
+        "| torch |  | 1.23 ms against 2.46 ms: 2.00x; 80 % of read | not measured |"
+    )
+    assert "a processor, 2 threads, avx512, torch 2.13.0, transformers 5.23.0" in text
+    assert "commit abc1234" in text and "read 31.0 GB/s" in text
+
+
+def test_a_missing_peer_is_said():
+    lonely = results(row("model", "dense-180m-decode", 30e3, backend="auto", tokens=1))
+    lonely["environment"] = MACHINE | {"transformers": None}
+    text = report.section(lonely)
+    assert "30.0 ms, transformers not measured; 80 % of read" in line(text, "dense-180m: a token")
+    assert "transformers not installed" in text
+
+
+def test_the_reference_and_fewer_layers_are_said():
+    fields = {"backend": "auto", "tokens": 2048, "layers": 1}
+    rows = (
+        row("model", "dense-180m-prefill-2048", 5e5, **fields),
+        row("linear", "small-w13-1", 1e3, backend="reference"),
+    )
+    text = report.section(results(*rows))
+    assert "500 ms (1 layer)," in line(text, "dense-180m, prompt of 2048")
+    assert "1.00 ms (reference)," in line(text, "`linear`, 1 row")
+
+
+def test_growth_is_fitted():
+    assert report.exponent([(1, 5), (2, 20), (4, 80)]) == pytest.approx(2)
+    text = report.section(results(*attention(1.5)))
+    assert "tokens^1.50" in text and "scratch) as tokens^1.00" in text
+    assert "tokens^" not in report.section(results(*attention(1.5)[:3]))
+
+
+def test_nothing_measured(tmp_path):
+    text = report.section(report.load(tmp_path / "none.json"))
+    assert text.count(report.MISSING) == 2 * len(report.LINES)
+
+
+def test_files_of_results_are_read(tmp_path):
+    path = tmp_path / "cpu.json"
+    path.write_text(json.dumps(results(*attention(1.0))))
+    assert report.load(path) == results(*attention(1.0))
+
+
+def test_the_section_is_replaced_between_its_markers():
+    readme = f"a\n{report.BEGIN}\nold\n{report.END}\nb\n"
+    assert report.replace_section(readme, "new") == readme.replace("old", "new")
+    for broken in ("a", readme * 2, f"{report.END}{report.BEGIN}"):
+        with pytest.raises(ValueError, match="each once and in this order"):
+            report.replace_section(broken, "new")
+
+
+@pytest.mark.parametrize(
+    ("us", "shown"),
+    [(0.5, "0.500 us"), (9.994, "9.99 us"), (123.4, "123 us"), (1234, "1.23 ms"), (2e6, "2.00 s")],
+)
+def test_durations(us, shown):
+    assert report.duration(us) == shown
+
+
+def test_the_plot_is_drawn(tmp_path):
+    path = tmp_path / "plot.png"
+    assert not report.draw(results(), path) and not path.exists()
+    assert report.draw(results(*attention(1.0)), path)
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 60_000
