@@ -101,6 +101,40 @@ RmsNorm rms_norm_args(Address x, Address residual, Address weight, Address out, 
       stride_x_token, stride_residual_token, eps,        Dtype(dtype)};
 }
 
+PrefillAttention prefill_attention_args(Address q, Address k, Address v, Address out, Address lse,
+                                        Address cu_seqlens, Address context_lens, Address starts,
+                                        int64_t batch, int64_t tokens, int64_t q_heads,
+                                        int64_t kv_heads, int64_t head_dim, int64_t stride_q_token,
+                                        int64_t stride_q_head, int64_t stride_k_token,
+                                        int64_t stride_k_head, int64_t stride_v_token,
+                                        int64_t stride_v_head, int64_t window, bool causal,
+                                        float scale, int dtype, const RingFields& ring_fields) {
+  return {At{q},
+          At{k},
+          At{v},
+          At{out},
+          At{lse},
+          At{cu_seqlens},
+          At{context_lens},
+          At{starts},
+          batch,
+          tokens,
+          q_heads,
+          kv_heads,
+          head_dim,
+          stride_q_token,
+          stride_q_head,
+          stride_k_token,
+          stride_k_head,
+          stride_v_token,
+          stride_v_head,
+          window,
+          causal,
+          scale,
+          Dtype(dtype),
+          ring(ring_fields)};
+}
+
 std::string compiler() {
 #ifdef __clang__
   return __VERSION__;  // "Clang 17.0.6"
@@ -133,6 +167,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this extension was built with; None where not built.");
   m.def("instruction_sets", &instruction_sets, "What this machine runs of what was built.");
   m.def("rms_norm_cpu", MISTRAL_KERNELS_ON_CPU(rms_norm), no_gil);
+  m.def("prefill_attention_cpu", MISTRAL_KERNELS_ON_CPU(prefill_attention), no_gil);
 #ifdef MISTRAL_KERNELS_CUDA
   m.def("cuda_versions", &cuda_versions, "(driver, runtime), 13000 for 13.0; driver 0 if absent.");
   m.def("rms_norm_cuda", on_cuda(&rms_norm_args, &cuda::rms_norm), no_gil);

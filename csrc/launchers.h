@@ -45,6 +45,34 @@ struct Ring {
   Dtype dtype;  // of both caches
 };
 
+// softmax(q k^T * scale) v of packed, ragged sequences; their keys are the ring's and the new ones.
+struct PrefillAttention {
+  const void* q;  // (tokens, q_heads, head_dim), last dimension contiguous
+  const void* k;  // (tokens, kv_heads, head_dim), likewise; null as v is: already in the ring
+  const void* v;
+  void* out;                    // (tokens, q_heads, head_dim), contiguous
+  float* lse;                   // (tokens, q_heads), contiguous
+  const int32_t* cu_seqlens;    // (batch + 1,)
+  const int32_t* context_lens;  // (batch,), tokens in the ring before these; null: 0
+  const int32_t* starts;        // (batch,), first position that may be seen; null: 0
+  int64_t batch;
+  int64_t tokens;  // 0 is a no-op
+  int64_t q_heads;
+  int64_t kv_heads;
+  int64_t head_dim;
+  int64_t stride_q_token;  // in elements, as all strides
+  int64_t stride_q_head;
+  int64_t stride_k_token;
+  int64_t stride_k_head;
+  int64_t stride_v_token;
+  int64_t stride_v_head;
+  int64_t window;  // 0: all keys
+  bool causal;
+  float scale;
+  Dtype dtype;  // of q, k, v and out
+  Ring ring;
+};
+
 // Each file of csrc/cpu is compiled once for each of these instruction sets (setup.py), oldest
 // first; a machine that runs one runs all before it. Expands to apply(name, ...) for each. A build
 // without CPU kernels defines it as empty.
@@ -58,9 +86,10 @@ struct Ring {
 #endif
 
 // `threads` of torch's OpenMP pool take part; the bits do not depend on how many.
-#define MISTRAL_KERNELS_DECLARE(path, ...)         \
-  namespace cpu::path {                            \
-  void rms_norm(const RmsNorm& args, int threads); \
+#define MISTRAL_KERNELS_DECLARE(path, ...)                           \
+  namespace cpu::path {                                              \
+  void rms_norm(const RmsNorm& args, int threads);                   \
+  void prefill_attention(const PrefillAttention& args, int threads); \
   }
 MISTRAL_KERNELS_PATHS(MISTRAL_KERNELS_DECLARE, )
 #undef MISTRAL_KERNELS_DECLARE

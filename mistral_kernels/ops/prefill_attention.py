@@ -15,14 +15,28 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops.checks import Arguments, compute_dtype
-from mistral_kernels.ops.dispatch import define
+from mistral_kernels.ops.dispatch import (
+    KERNEL_DTYPES,
+    Cell,
+    cpu_queue,
+    define,
+    native_extension,
+)
 from mistral_kernels.ops.masked_attention import (
     attention_probabilities,
     empty_outputs,
     masked_attention,
     visible_keys,
 )
-from mistral_kernels.ops.ring import check_cache, check_pages, check_ragged, read_ring, ring_slots
+from mistral_kernels.ops.ring import (
+    NO_RING,
+    check_cache,
+    check_pages,
+    check_ragged,
+    read_ring,
+    ring_fields,
+    ring_slots,
+)
 
 QUERY_BLOCK = 256  # rows worked at once: bounds the score matrix, so that memory grows linearly
 
@@ -122,6 +136,55 @@ def prefill_attention_backward(
     return d_q, d_k, d_v
 
 
+def _prefill_attention_cpu(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cu_seqlens: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    block_table: Tensor | None,
+    context_lens: Tensor | None,
+    starts: Tensor | None,
+    window: int | None,
+    causal: bool,
+    scale: float,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    batch_invariant: bool,  # holds always: a tile has rows of one sequence, and fixed splits
+) -> tuple[Tensor, Tensor]:
+    """Calls the C++ launcher: raw pointers, sizes, strides, the ring, and where to run it."""
+    out, lse = empty_outputs(q)
+    ring = NO_RING
+    if k_cache is not None:
+        ring = ring_fields(k_cache, v_cache, block_table, k_scale, v_scale)
+    native_extension().prefill_attention_cpu(
+        q.data_ptr(),
+        0 if k is None else k.data_ptr(),
+        0 if v is None else v.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        cu_seqlens.data_ptr(),
+        0 if context_lens is None else context_lens.data_ptr(),
+        0 if starts is None else starts.data_ptr(),
+        len(cu_seqlens) - 1,
+        q.shape[0],
+        q.shape[1],
+        (k_cache if k is None else k).shape[-2],
+        q.shape[2],
+        *q.stride()[:2],
+        *((0, 0) if k is None else k.stride()[:2]),
+        *((0, 0) if v is None else v.stride()[:2]),
+        window or 0,
+        causal,
+        scale,
+        KERNEL_DTYPES.index(q.dtype),  # the order of csrc/dtype.h
+        ring,
+        *cpu_queue(),
+    )
+    return out, lse
+
+
 def _facts(q, k, v, cu_seqlens, k_cache, *_):
     kv = k if k is not None else k_cache
     facts = (("head_dim", q.shape[2]), ("group", q.shape[1] // max(1, kv.shape[-2])))
@@ -158,7 +221,7 @@ _prefill_attention = define(
     " float scale, Tensor? k_scale, Tensor? v_scale, bool batch_invariant",
     "(Tensor, Tensor)",
     fake=empty_outputs,
-    cells={"reference": prefill_attention_reference},
+    cells={"reference": prefill_attention_reference, "cpu": Cell(_prefill_attention_cpu)},
     facts=_facts,
     check_values=_check_values,
     differentiable=("q", "k", "v"),
