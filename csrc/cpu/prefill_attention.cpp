@@ -290,7 +290,7 @@ void prefill_attention(const PrefillAttention& args, int threads) {
   };
   const auto tile_of = [&](int64_t item) {
     // The last tiles first: of one sequence without a window they have the most keys.
-    return tile_at(args, tiles - 1 - item / args.kv_heads, item % args.kv_heads);
+    return tile_at(args, tiles - 1 - item % tiles, item / tiles);
   };
   const auto begin = [&](const Tile& tile, const Workspace& work) {
     with_dtype(args.dtype,
@@ -317,19 +317,18 @@ void prefill_attention(const PrefillAttention& args, int threads) {
     for (int64_t item = 0; item < items; ++item) {
       const Tile tile = tile_of(item);
       if (tile.rows == 0) continue;
-      if (!apart) begin(tile, work);
-      for (int64_t i = 0; i < tile.vectors(); ++i) {
-        work.tile.largest[i] = broadcast(-INFINITY);
-        work.tile.total[i] = Floats{};
+      const State state = apart ? part(item, 0) : work.tile;
+      if (!apart) {
+        begin(tile, work);
+        attend(tile, 0, work, state);
       }
-      std::fill_n(work.tile.values, tile.vectors() * stride, Floats{});
-      for (int64_t split = 0; split < tile.splits(); ++split) {
+      for (int64_t split = 1; split < tile.splits(); ++split) {
         const State later = apart ? part(item, split) : work.split;
         if (!apart) attend(tile, split, work, later);
-        merge(tile, stride, work.tile, later);
+        merge(tile, stride, state, later);
       }
       with_dtype(args.dtype, [&](auto element) {
-        store_results<decltype(element)>(args, tile, stride, work.tile);
+        store_results<decltype(element)>(args, tile, stride, state);
       });
     }
   }
