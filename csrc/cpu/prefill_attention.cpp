@@ -23,22 +23,19 @@ namespace {
 constexpr int kBlock = 64;
 constexpr int kTilesAThread = 4;  // with fewer, splits are shared out instead of tiles
 
-// Memory for vectors, zero at first: products read beside the data, where denormals would be slow.
+// Memory for vectors, whose pieces are taken one after another.
 class Memory {
  public:
-  explicit Memory(int64_t vectors) {
-    const size_t bytes = vectors * sizeof(Floats);
-    first_ = static_cast<Floats*>(std::memset(::operator new(bytes, kAligned), 0, bytes));
-    next_ = first_;
-  }
+  explicit Memory(int64_t vectors)
+      : first_(static_cast<Floats*>(::operator new(vectors * sizeof(Floats), kAligned))),
+        next_(first_) {}
   ~Memory() { ::operator delete(first_, kAligned); }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
-  template <typename T = Floats>
-  T* take(int64_t vectors) {
+  Floats* take(int64_t vectors) {
     next_ += vectors;
-    return reinterpret_cast<T*>(next_ - vectors);
+    return next_ - vectors;
   }
 
  private:
@@ -47,33 +44,43 @@ class Memory {
   Floats* next_;
 };
 
+// How much a tile of a call may need.
+struct Sizes {
+  int64_t vectors;  // of rows
+  int64_t stride;   // head_dim, rounded up to what `multiply` works at once
+
+  int64_t state() const { return vectors * (stride + 2); }
+  int64_t keys() const { return ((kBlock + kSums) * stride + kLanes - 1) / kLanes; }
+  int64_t scores() const { return (kBlock + kSums) * kPanelWidth; }
+  int64_t workspace() const { return 2 * state() + vectors * (stride + 2) + scores() + 2 * keys(); }
+};
+
 // The softmax of a tile's rows over some of its keys. Panels lie one after another.
 struct State {
-  explicit State(Floats* memory) : largest(memory), total(memory + kTileVectors) {
-    values = memory + 2 * kTileVectors;
-  }
-  static int64_t vectors(int64_t stride) { return kTileVectors * (stride + 2); }
+  State(Floats* memory, const Sizes& sizes)
+      : largest(memory), total(memory + sizes.vectors), values(memory + 2 * sizes.vectors) {}
 
-  Floats* largest;  // (kTileVectors,)
-  Floats* total;    // (kTileVectors,)
+  Floats* largest;  // (vectors,)
+  Floats* total;    // (vectors,)
   Floats* values;   // of each panel (stride, width)
 };
 
 // What one thread works in.
 struct Workspace {
-  explicit Workspace(int64_t stride)
-      : memory(2 * State::vectors(stride) + kTileVectors * (stride + 2) +
-               kRows * (kPanelWidth + 2 * stride / kLanes + 1)),
-        tile(memory.take(State::vectors(stride))),
-        split(memory.take(State::vectors(stride))),
-        q(memory.take(kTileVectors * stride)),
-        first(memory.take<Ints>(kTileVectors)),
-        seen(memory.take<Words>(kTileVectors)),
-        scores(memory.take(kRows * kPanelWidth)),
-        k(memory.take<float>((kRows * stride + kLanes - 1) / kLanes)),
-        v(memory.take<float>((kRows * stride + kLanes - 1) / kLanes)) {}
+  explicit Workspace(const Sizes& sizes)
+      : memory(sizes.workspace()),
+        tile(memory.take(sizes.state()), sizes),
+        split(memory.take(sizes.state()), sizes),
+        q(memory.take(sizes.vectors * sizes.stride)),
+        first(reinterpret_cast<Ints*>(memory.take(sizes.vectors))),
+        seen(reinterpret_cast<Words*>(memory.take(sizes.vectors))),
+        scores(memory.take(sizes.scores())),
+        k(reinterpret_cast<float*>(memory.take(sizes.keys()))),
+        v(reinterpret_cast<float*>(memory.take(sizes.keys()))) {
+    // Products read what lies behind the keys; denormals there would be slow.
+    std::fill_n(reinterpret_cast<Floats*>(k), 2 * sizes.keys(), Floats{});
+  }
 
-  static constexpr int64_t kRows = kBlock + kSums;  // a block, and what is read behind it
   Memory memory;
   State tile;
   State split;
@@ -125,11 +132,10 @@ void load_queries(const PrefillAttention& args, const Tile& tile, int64_t stride
   });
 }
 
-// Copies rows as floats times `scale`; false if an element is NaN or infinite.
+// Copies rows as floats times `scale`, and raises `top` to the bits of their largest magnitudes.
 template <typename T>
-bool widen(const T* from, int64_t stride, int64_t rows, int64_t head_dim, float scale, float* to,
-           int64_t to_stride) {
-  Words top = {};
+void widen(const T* from, int64_t stride, int64_t rows, int64_t head_dim, float scale, float* to,
+           int64_t to_stride, Words& top) {
   for (int64_t row = 0; row < rows; ++row, from += stride, to += to_stride) {
     for_vectors(head_dim, [&](int64_t d, int64_t count) {
       const Floats value = load(from + d, count) * scale;
@@ -138,26 +144,24 @@ bool widen(const T* from, int64_t stride, int64_t rows, int64_t head_dim, float 
       store(to + d, value, count);
     });
   }
-  bool finite = true;
-  for (int lane = 0; lane < kLanes; ++lane) finite &= top[lane] < 0x7f800000u;
-  return finite;
 }
 
-// Keys or values of positions first..end-1, from the ring and from the new tokens.
+// Copies keys or values of positions first..end-1, from the ring and from the new tokens; false if
+// an element is NaN or infinite.
 bool load_keys(const PrefillAttention& args, const Tile& tile, const Pages& pages,
                const void* fresh, int64_t stride_token, int64_t stride_head, int64_t first,
                int64_t end, float* to, int64_t stride) {
   const Range& range = tile.range;
-  bool finite = true;
+  Words top = {};
   if (first < range.ring_end) {
     const float scale = scale_of(pages, tile.kv_head);
     with_cache_dtype(args.ring.dtype, [&](auto element) {
-      for_runs<decltype(element)>(
-          args.ring, pages, tile.sequence, tile.kv_head, first, std::min(end, range.ring_end),
-          [&](const auto* rows, int64_t position, int64_t count) {
-            finite &= widen(rows, pages.stride_row, count, args.head_dim, scale,
-                            to + (position - first) * stride, stride);
-          });
+      for_runs<decltype(element)>(args.ring, pages, tile.sequence, tile.kv_head, first,
+                                  std::min(end, range.ring_end),
+                                  [&](const auto* rows, int64_t position, int64_t count) {
+                                    widen(rows, pages.stride_row, count, args.head_dim, scale,
+                                          to + (position - first) * stride, stride, top);
+                                  });
     });
   }
   const int64_t begin = std::max(first, range.ring_end);
@@ -166,10 +170,12 @@ bool load_keys(const PrefillAttention& args, const Tile& tile, const Pages& page
       const auto* rows = static_cast<const decltype(element)*>(fresh) +
                          (range.begin + begin - range.context) * stride_token +
                          tile.kv_head * stride_head;
-      finite &= widen(rows, stride_token, end - begin, args.head_dim, 1.0f,
-                      to + (begin - first) * stride, stride);
+      widen(rows, stride_token, end - begin, args.head_dim, 1.0f, to + (begin - first) * stride,
+            stride, top);
     });
   }
+  bool finite = true;
+  for (int lane = 0; lane < kLanes; ++lane) finite &= top[lane] < 0x7f800000u;
   return finite;
 }
 
@@ -271,22 +277,24 @@ void store_results(const PrefillAttention& args, const Tile& tile, int64_t strid
 }  // namespace
 
 void prefill_attention(const PrefillAttention& args, int threads) {
-  const int64_t stride = (args.head_dim + kSums - 1) / kSums * kSums;
   const int64_t tiles = args.tokens == 0 ? 0 : first_tile(args, args.batch);
   const int64_t items = tiles * args.kv_heads;
-  int64_t pairs = 0, most_keys = 0;
+  int64_t pairs = 0, most_keys = 0, most_rows = 0;
   for (int64_t b = 0; b < args.batch; ++b) {
     const Range range = range_of(args, b);
     pairs += (range.total - range.context) * (range.total - range.low);
     most_keys = std::max(most_keys, range.total - range.low);
+    most_rows = std::max(most_rows, (range.total - range.context) * args.q_heads / args.kv_heads);
   }
+  const int64_t stride = (args.head_dim + kSums - 1) / kSums * kSums;
+  const Sizes sizes = {std::min<int64_t>((most_rows + kLanes - 1) / kLanes, kTileVectors), stride};
   const int workers = team(threads, pairs * args.q_heads * args.head_dim / kLanes);
   const int64_t most_splits = most_keys / kSplit + 2;
   const bool apart = workers > 1 && items < kTilesAThread * workers && most_keys > kSplit;
-  Memory parts(apart ? items * most_splits * State::vectors(stride) : 0);
+  Memory parts(apart ? items * most_splits * sizes.state() : 0);
   Floats* const memory = parts.take(0);
   const auto part = [&](int64_t item, int64_t split) {
-    return State(memory + (item * most_splits + split) * State::vectors(stride));
+    return State(memory + (item * most_splits + split) * sizes.state(), sizes);
   };
   const auto tile_of = [&](int64_t item) {
     // The last tiles first: of one sequence without a window they have the most keys.
@@ -304,7 +312,7 @@ void prefill_attention(const PrefillAttention& args, int threads) {
   };
 #pragma omp parallel num_threads(workers)
   {
-    Workspace work(stride);
+    Workspace work(sizes);
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < (apart ? items * most_splits : 0); ++unit) {
       const Tile tile = tile_of(unit / most_splits);
