@@ -8,10 +8,10 @@
 // start at multiples of kSplit. Each split has a softmax of its own, and they are merged in order:
 // the bits depend neither on who works which split nor on where in a ring the keys lie.
 #include <cmath>
-#include <new>
 
 #include "cpu/attention_panel.h"
 #include "cpu/dispatch.h"
+#include "cpu/prefill_state.h"
 #include "cpu/prefill_tile.h"
 #include "cpu/ring.h"
 #include "cpu/transpose.h"
@@ -20,91 +20,12 @@
 namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH {
 namespace {
 
-constexpr int kBlock = 64;
 constexpr int kTilesAThread = 4;  // with fewer, splits are shared out instead of tiles
-
-// Memory for vectors, whose pieces are taken one after another.
-class Memory {
- public:
-  explicit Memory(int64_t vectors)
-      : first_(static_cast<Floats*>(::operator new(vectors * sizeof(Floats), kAligned))),
-        next_(first_) {}
-  ~Memory() { ::operator delete(first_, kAligned); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-
-  Floats* take(int64_t vectors) {
-    next_ += vectors;
-    return next_ - vectors;
-  }
-
- private:
-  static constexpr std::align_val_t kAligned{64};
-  Floats* first_;
-  Floats* next_;
-};
-
-// How much a tile of a call may need.
-struct Sizes {
-  int64_t vectors;  // of rows
-  int64_t stride;   // head_dim, rounded up to what `multiply` works at once
-
-  int64_t state() const { return vectors * (stride + 2); }
-  int64_t keys() const { return ((kBlock + kSums) * stride + kLanes - 1) / kLanes; }
-  int64_t scores() const { return (kBlock + kSums) * kPanelWidth; }
-  int64_t workspace() const { return 2 * state() + vectors * (stride + 2) + scores() + 2 * keys(); }
-};
-
-// The softmax of a tile's rows over some of its keys. Panels lie one after another.
-struct State {
-  State(Floats* memory, const Sizes& sizes)
-      : largest(memory), total(memory + sizes.vectors), values(memory + 2 * sizes.vectors) {}
-
-  Floats* largest;  // (vectors,)
-  Floats* total;    // (vectors,)
-  Floats* values;   // of each panel (stride, width)
-};
-
-// What one thread works in.
-struct Workspace {
-  explicit Workspace(const Sizes& sizes)
-      : memory(sizes.workspace()),
-        tile(memory.take(sizes.state()), sizes),
-        split(memory.take(sizes.state()), sizes),
-        q(memory.take(sizes.vectors * sizes.stride)),
-        first(reinterpret_cast<Ints*>(memory.take(sizes.vectors))),
-        seen(reinterpret_cast<Words*>(memory.take(sizes.vectors))),
-        scores(memory.take(sizes.scores())),
-        k(reinterpret_cast<float*>(memory.take(sizes.keys()))),
-        v(reinterpret_cast<float*>(memory.take(sizes.keys()))) {
-    // Products read what lies behind the keys; denormals there would be slow.
-    std::fill_n(reinterpret_cast<Floats*>(k), 2 * sizes.keys(), Floats{});
-  }
-
-  Memory memory;
-  State tile;
-  State split;
-  Floats* q;    // of each panel (stride, width)
-  Ints* first;  // the first key that a row sees, counted from the tile's first
-  Words* seen;  // and how many
-  Floats* scores;
-  float* k;
-  float* v;
-};
-
-// Calls body(first, width) for each panel of a tile.
-template <typename Body>
-inline void for_panels(const Tile& tile, Body&& body) {
-  const int64_t vectors = tile.vectors();
-  for (int64_t first = 0; first < vectors; first += kPanelWidth) {
-    body(first, std::min<int64_t>(kPanelWidth, vectors - first));
-  }
-}
 
 // Fills q, first and seen of a tile.
 template <typename T>
-void load_queries(const PrefillAttention& args, const Tile& tile, int64_t stride,
-                  const Workspace& work) {
+void load_queries_of(const PrefillAttention& args, const Tile& tile, int64_t stride,
+                     const Workspace& work) {
   const T* q = static_cast<const T*>(args.q);
   const float scale = args.scale * kLog2E;
   for_panels(tile, [&](int64_t first, int64_t width) {
@@ -130,6 +51,12 @@ void load_queries(const PrefillAttention& args, const Tile& tile, int64_t stride
       });
     }
   });
+}
+
+void load_queries(const PrefillAttention& args, const Tile& tile, int64_t stride,
+                  const Workspace& work) {
+  with_dtype(args.dtype,
+             [&](auto element) { load_queries_of<decltype(element)>(args, tile, stride, work); });
 }
 
 // Copies rows as floats times `scale`, and raises `top` to the bits of their largest magnitudes.
@@ -191,9 +118,12 @@ void attend_panel(const Keys& keys, const Panel& panel, int64_t width, bool mask
   }
 }
 
-// The softmax of a tile over its keys first..end-1, one split.
-void attend_split(const PrefillAttention& args, const Tile& tile, int64_t first, int64_t end,
-                  int64_t stride, const Workspace& work, const State& state) {
+// The softmax of a tile over the keys of one of its splits.
+void attend_split(const PrefillAttention& args, const Tile& tile, int64_t split, int64_t stride,
+                  const Workspace& work, const State& state) {
+  const int64_t split_key = (tile.first_split() + split) * kSplit;
+  const int64_t first = std::max(split_key, tile.first_key);
+  const int64_t end = std::min(split_key + kSplit, tile.end_key);
   for (int64_t i = 0; i < tile.vectors(); ++i) {
     state.largest[i] = broadcast(-INFINITY);
     state.total[i] = Floats{};
@@ -230,26 +160,9 @@ void attend_split(const PrefillAttention& args, const Tile& tile, int64_t first,
   }
 }
 
-// Adds the softmax over later keys to that over earlier ones.
-void merge(const Tile& tile, int64_t stride, const State& state, const State& later) {
-  for_panels(tile, [&](int64_t first, int64_t width) {
-    for (int64_t i = first; i < first + width; ++i) {
-      const Floats largest = larger(later.largest[i], state.largest[i]);
-      const Floats decay = exp2_falling(state.largest[i] - base_of(largest));
-      const Floats worth = exp2_falling(later.largest[i] - base_of(largest));
-      state.largest[i] = largest;
-      state.total[i] = state.total[i] * decay + later.total[i] * worth;
-      for (int64_t d = 0; d < stride; ++d) {
-        const int64_t at = first * stride + d * width + i - first;
-        state.values[at] = state.values[at] * decay + later.values[at] * worth;
-      }
-    }
-  });
-}
-
 template <typename T>
-void store_results(const PrefillAttention& args, const Tile& tile, int64_t stride,
-                   const State& state) {
+void store_results_of(const PrefillAttention& args, const Tile& tile, int64_t stride,
+                      const State& state) {
   for_panels(tile, [&](int64_t first, int64_t width) {
     for (int64_t i = first; i < first + width; ++i) {
       const int64_t rows = std::min<int64_t>(kLanes, tile.rows - i * kLanes);
@@ -274,70 +187,79 @@ void store_results(const PrefillAttention& args, const Tile& tile, int64_t strid
   });
 }
 
+void store_results(const PrefillAttention& args, const Tile& tile, int64_t stride,
+                   const State& state) {
+  with_dtype(args.dtype,
+             [&](auto element) { store_results_of<decltype(element)>(args, tile, stride, state); });
+}
+
+// How a call is shared out.
+struct Plan {
+  int64_t tiles;   // of one kv head
+  int64_t items;   // tiles of all kv heads
+  int64_t splits;  // the most that a tile may have
+  Sizes sizes;
+  int workers;
+  bool apart;  // too few tiles for the workers: they share out splits, and merge them afterwards
+};
+
+Plan plan_of(const PrefillAttention& args, int threads) {
+  int64_t pairs = 0, keys = 0, rows = 0;
+  for (int64_t b = 0; b < args.batch; ++b) {
+    const Range range = range_of(args, b);
+    const int64_t tokens = range.total - range.context;
+    pairs += tokens * (range.total - range.low);
+    keys = std::max(keys, range.total - range.low);
+    rows = std::max(rows, tokens * args.q_heads / args.kv_heads);
+  }
+  Plan plan = {};
+  plan.tiles = args.tokens == 0 ? 0 : first_tile(args, args.batch);
+  plan.items = plan.tiles * args.kv_heads;
+  plan.splits = keys / kSplit + 2;
+  plan.sizes = {std::min<int64_t>((rows + kLanes - 1) / kLanes, kTileVectors),
+                (args.head_dim + kSums - 1) / kSums * kSums};
+  plan.workers = team(threads, pairs * args.q_heads * args.head_dim / kLanes);
+  plan.apart = plan.workers > 1 && plan.items < kTilesAThread * plan.workers && keys > kSplit;
+  return plan;
+}
+
 }  // namespace
 
 void prefill_attention(const PrefillAttention& args, int threads) {
-  const int64_t tiles = args.tokens == 0 ? 0 : first_tile(args, args.batch);
-  const int64_t items = tiles * args.kv_heads;
-  int64_t pairs = 0, most_keys = 0, most_rows = 0;
-  for (int64_t b = 0; b < args.batch; ++b) {
-    const Range range = range_of(args, b);
-    pairs += (range.total - range.context) * (range.total - range.low);
-    most_keys = std::max(most_keys, range.total - range.low);
-    most_rows = std::max(most_rows, (range.total - range.context) * args.q_heads / args.kv_heads);
-  }
-  const int64_t stride = (args.head_dim + kSums - 1) / kSums * kSums;
-  const Sizes sizes = {std::min<int64_t>((most_rows + kLanes - 1) / kLanes, kTileVectors), stride};
-  const int workers = team(threads, pairs * args.q_heads * args.head_dim / kLanes);
-  const int64_t most_splits = most_keys / kSplit + 2;
-  const bool apart = workers > 1 && items < kTilesAThread * workers && most_keys > kSplit;
-  Memory parts(apart ? items * most_splits * sizes.state() : 0);
-  Floats* const memory = parts.take(0);
-  const auto part = [&](int64_t item, int64_t split) {
-    return State(memory + (item * most_splits + split) * sizes.state(), sizes);
+  const Plan plan = plan_of(args, threads);
+  const int64_t stride = plan.sizes.stride;
+  const int64_t units = plan.apart ? plan.items * plan.splits : 0;
+  Memory parts(units * plan.sizes.state());
+  const auto part = [&, memory = parts.take(0)](int64_t item, int64_t split) {
+    return State(memory + (item * plan.splits + split) * plan.sizes.state(), plan.sizes);
   };
   const auto tile_of = [&](int64_t item) {
     // The last tiles first: of one sequence without a window they have the most keys.
-    return tile_at(args, tiles - 1 - item % tiles, item / tiles);
+    return tile_at(args, plan.tiles - 1 - item % plan.tiles, item / plan.tiles);
   };
-  const auto begin = [&](const Tile& tile, const Workspace& work) {
-    with_dtype(args.dtype,
-               [&](auto element) { load_queries<decltype(element)>(args, tile, stride, work); });
-  };
-  const auto attend = [&](const Tile& tile, int64_t split, const Workspace& work,
-                          const State& state) {
-    const int64_t first = (tile.first_split() + split) * kSplit;
-    attend_split(args, tile, std::max(first, tile.first_key),
-                 std::min(first + kSplit, tile.end_key), stride, work, state);
-  };
-#pragma omp parallel num_threads(workers)
+#pragma omp parallel num_threads(plan.workers)
   {
-    Workspace work(sizes);
+    Workspace work(plan.sizes);
 #pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < (apart ? items * most_splits : 0); ++unit) {
-      const Tile tile = tile_of(unit / most_splits);
-      const int64_t split = unit % most_splits;
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const int64_t item = unit / plan.splits, split = unit % plan.splits;
+      const Tile tile = tile_of(item);
       if (tile.rows == 0 || split >= tile.splits()) continue;
-      begin(tile, work);
-      attend(tile, split, work, part(unit / most_splits, split));
+      load_queries(args, tile, stride, work);
+      attend_split(args, tile, split, stride, work, part(item, split));
     }
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < items; ++item) {
+    for (int64_t item = 0; item < plan.items; ++item) {
       const Tile tile = tile_of(item);
       if (tile.rows == 0) continue;
-      const State state = apart ? part(item, 0) : work.tile;
-      if (!apart) {
-        begin(tile, work);
-        attend(tile, 0, work, state);
+      if (!plan.apart) load_queries(args, tile, stride, work);
+      const State state = plan.apart ? part(item, 0) : work.tile;
+      for (int64_t split = 0; split < tile.splits(); ++split) {
+        const State later = plan.apart ? part(item, split) : split == 0 ? state : work.split;
+        if (!plan.apart) attend_split(args, tile, split, stride, work, later);
+        if (split > 0) merge(tile, stride, state, later);
       }
-      for (int64_t split = 1; split < tile.splits(); ++split) {
-        const State later = apart ? part(item, split) : work.split;
-        if (!apart) attend(tile, split, work, later);
-        merge(tile, stride, state, later);
-      }
-      with_dtype(args.dtype, [&](auto element) {
-        store_results<decltype(element)>(args, tile, stride, state);
-      });
+      store_results(args, tile, stride, state);
     }
   }
 }
