@@ -186,6 +186,7 @@ struct DecodeAttention {
 
 // softmax(q k^T * scale) v of packed, ragged sequences; their keys are the ring's and the new
 // ones.
+// softmax(q k^T * scale) v of packed, ragged sequences; their keys are the ring's and the new ones.
 struct PrefillAttention {
   const void* q;  // (tokens, q_heads, head_dim), last dimension contiguous
   const void* k;  // (tokens, kv_heads, head_dim), likewise; null as v is: already in the ring

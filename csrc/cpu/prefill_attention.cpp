@@ -8,10 +8,10 @@
 // start at multiples of kSplit. Each split has a softmax of its own, and they are merged in order:
 // the bits depend neither on who works which split nor on where in a ring the keys lie.
 #include <cmath>
-#include <new>
 
 #include "cpu/attention_panel.h"
 #include "cpu/dispatch.h"
+#include "cpu/prefill_state.h"
 #include "cpu/prefill_tile.h"
 #include "cpu/ring.h"
 #include "cpu/transpose.h"
@@ -20,84 +20,12 @@
 namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH {
 namespace {
 
-constexpr int kBlock = 64;
 constexpr int kTilesAThread = 4;  // with fewer, splits are shared out instead of tiles
-
-// Memory for vectors, zero at first: products read beside the data, where denormals would be slow.
-class Memory {
- public:
-  explicit Memory(int64_t vectors) {
-    const size_t bytes = vectors * sizeof(Floats);
-    first_ = static_cast<Floats*>(std::memset(::operator new(bytes, kAligned), 0, bytes));
-    next_ = first_;
-  }
-  ~Memory() { ::operator delete(first_, kAligned); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-
-  template <typename T = Floats>
-  T* take(int64_t vectors) {
-    next_ += vectors;
-    return reinterpret_cast<T*>(next_ - vectors);
-  }
-
- private:
-  static constexpr std::align_val_t kAligned{64};
-  Floats* first_;
-  Floats* next_;
-};
-
-// The softmax of a tile's rows over some of its keys. Panels lie one after another.
-struct State {
-  explicit State(Floats* memory) : largest(memory), total(memory + kTileVectors) {
-    values = memory + 2 * kTileVectors;
-  }
-  static int64_t vectors(int64_t stride) { return kTileVectors * (stride + 2); }
-
-  Floats* largest;  // (kTileVectors,)
-  Floats* total;    // (kTileVectors,)
-  Floats* values;   // of each panel (stride, width)
-};
-
-// What one thread works in.
-struct Workspace {
-  explicit Workspace(int64_t stride)
-      : memory(2 * State::vectors(stride) + kTileVectors * (stride + 2) +
-               kRows * (kPanelWidth + 2 * stride / kLanes + 1)),
-        tile(memory.take(State::vectors(stride))),
-        split(memory.take(State::vectors(stride))),
-        q(memory.take(kTileVectors * stride)),
-        first(memory.take<Ints>(kTileVectors)),
-        seen(memory.take<Words>(kTileVectors)),
-        scores(memory.take(kRows * kPanelWidth)),
-        k(memory.take<float>((kRows * stride + kLanes - 1) / kLanes)),
-        v(memory.take<float>((kRows * stride + kLanes - 1) / kLanes)) {}
-
-  static constexpr int64_t kRows = kBlock + kSums;  // a block, and what is read behind it
-  Memory memory;
-  State tile;
-  State split;
-  Floats* q;    // of each panel (stride, width)
-  Ints* first;  // the first key that a row sees, counted from the tile's first
-  Words* seen;  // and how many
-  Floats* scores;
-  float* k;
-  float* v;
-};
-
-// Calls body(first, width) for each panel of a tile.
-template <typename Body>
-inline void for_panels(const Tile& tile, Body&& body) {
-  const int64_t vectors = tile.vectors();
-  for (int64_t first = 0; first < vectors; first += kPanelWidth) {
-    body(first, std::min<int64_t>(kPanelWidth, vectors - first));
-  }
-}
 
 // Fills q, first and seen of a tile.
 template <typename T>
-void load_queries(const PrefillAttention& args, const Tile& tile, int64_t stride,
-                  const Workspace& work) {
+void load_queries_of(const PrefillAttention& args, const Tile& tile, int64_t stride,
+                     const Workspace& work) {
   const T* q = static_cast<const T*>(args.q);
   const float scale = args.scale * kLog2E;
   for_panels(tile, [&](int64_t first, int64_t width) {
@@ -125,11 +53,16 @@ void load_queries(const PrefillAttention& args, const Tile& tile, int64_t stride
   });
 }
 
-// Copies rows as floats times `scale`; false if an element is NaN or infinite.
+void load_queries(const PrefillAttention& args, const Tile& tile, int64_t stride,
+                  const Workspace& work) {
+  with_dtype(args.dtype,
+             [&](auto element) { load_queries_of<decltype(element)>(args, tile, stride, work); });
+}
+
+// Copies rows as floats times `scale`, and raises `top` to the bits of their largest magnitudes.
 template <typename T>
-bool widen(const T* from, int64_t stride, int64_t rows, int64_t head_dim, float scale, float* to,
-           int64_t to_stride) {
-  Words top = {};
+void widen(const T* from, int64_t stride, int64_t rows, int64_t head_dim, float scale, float* to,
+           int64_t to_stride, Words& top) {
   for (int64_t row = 0; row < rows; ++row, from += stride, to += to_stride) {
     for_vectors(head_dim, [&](int64_t d, int64_t count) {
       const Floats value = load(from + d, count) * scale;
@@ -138,26 +71,24 @@ bool widen(const T* from, int64_t stride, int64_t rows, int64_t head_dim, float 
       store(to + d, value, count);
     });
   }
-  bool finite = true;
-  for (int lane = 0; lane < kLanes; ++lane) finite &= top[lane] < 0x7f800000u;
-  return finite;
 }
 
-// Keys or values of positions first..end-1, from the ring and from the new tokens.
+// Copies keys or values of positions first..end-1, from the ring and from the new tokens; false if
+// an element is NaN or infinite.
 bool load_keys(const PrefillAttention& args, const Tile& tile, const Pages& pages,
                const void* fresh, int64_t stride_token, int64_t stride_head, int64_t first,
                int64_t end, float* to, int64_t stride) {
   const Range& range = tile.range;
-  bool finite = true;
+  Words top = {};
   if (first < range.ring_end) {
     const float scale = scale_of(pages, tile.kv_head);
     with_cache_dtype(args.ring.dtype, [&](auto element) {
-      for_runs<decltype(element)>(
-          args.ring, pages, tile.sequence, tile.kv_head, first, std::min(end, range.ring_end),
-          [&](const auto* rows, int64_t position, int64_t count) {
-            finite &= widen(rows, pages.stride_row, count, args.head_dim, scale,
-                            to + (position - first) * stride, stride);
-          });
+      for_runs<decltype(element)>(args.ring, pages, tile.sequence, tile.kv_head, first,
+                                  std::min(end, range.ring_end),
+                                  [&](const auto* rows, int64_t position, int64_t count) {
+                                    widen(rows, pages.stride_row, count, args.head_dim, scale,
+                                          to + (position - first) * stride, stride, top);
+                                  });
     });
   }
   const int64_t begin = std::max(first, range.ring_end);
@@ -166,10 +97,12 @@ bool load_keys(const PrefillAttention& args, const Tile& tile, const Pages& page
       const auto* rows = static_cast<const decltype(element)*>(fresh) +
                          (range.begin + begin - range.context) * stride_token +
                          tile.kv_head * stride_head;
-      finite &= widen(rows, stride_token, end - begin, args.head_dim, 1.0f,
-                      to + (begin - first) * stride, stride);
+      widen(rows, stride_token, end - begin, args.head_dim, 1.0f, to + (begin - first) * stride,
+            stride, top);
     });
   }
+  bool finite = true;
+  for (int lane = 0; lane < kLanes; ++lane) finite &= top[lane] < 0x7f800000u;
   return finite;
 }
 
@@ -185,9 +118,12 @@ void attend_panel(const Keys& keys, const Panel& panel, int64_t width, bool mask
   }
 }
 
-// The softmax of a tile over its keys first..end-1, one split.
-void attend_split(const PrefillAttention& args, const Tile& tile, int64_t first, int64_t end,
-                  int64_t stride, const Workspace& work, const State& state) {
+// The softmax of a tile over the keys of one of its splits.
+void attend_split(const PrefillAttention& args, const Tile& tile, int64_t split, int64_t stride,
+                  const Workspace& work, const State& state) {
+  const int64_t split_key = (tile.first_split() + split) * kSplit;
+  const int64_t first = std::max(split_key, tile.first_key);
+  const int64_t end = std::min(split_key + kSplit, tile.end_key);
   for (int64_t i = 0; i < tile.vectors(); ++i) {
     state.largest[i] = broadcast(-INFINITY);
     state.total[i] = Floats{};
@@ -224,26 +160,9 @@ void attend_split(const PrefillAttention& args, const Tile& tile, int64_t first,
   }
 }
 
-// Adds the softmax over later keys to that over earlier ones.
-void merge(const Tile& tile, int64_t stride, const State& state, const State& later) {
-  for_panels(tile, [&](int64_t first, int64_t width) {
-    for (int64_t i = first; i < first + width; ++i) {
-      const Floats largest = larger(later.largest[i], state.largest[i]);
-      const Floats decay = exp2_falling(state.largest[i] - base_of(largest));
-      const Floats worth = exp2_falling(later.largest[i] - base_of(largest));
-      state.largest[i] = largest;
-      state.total[i] = state.total[i] * decay + later.total[i] * worth;
-      for (int64_t d = 0; d < stride; ++d) {
-        const int64_t at = first * stride + d * width + i - first;
-        state.values[at] = state.values[at] * decay + later.values[at] * worth;
-      }
-    }
-  });
-}
-
 template <typename T>
-void store_results(const PrefillAttention& args, const Tile& tile, int64_t stride,
-                   const State& state) {
+void store_results_of(const PrefillAttention& args, const Tile& tile, int64_t stride,
+                      const State& state) {
   for_panels(tile, [&](int64_t first, int64_t width) {
     for (int64_t i = first; i < first + width; ++i) {
       const int64_t rows = std::min<int64_t>(kLanes, tile.rows - i * kLanes);
@@ -268,69 +187,79 @@ void store_results(const PrefillAttention& args, const Tile& tile, int64_t strid
   });
 }
 
+void store_results(const PrefillAttention& args, const Tile& tile, int64_t stride,
+                   const State& state) {
+  with_dtype(args.dtype,
+             [&](auto element) { store_results_of<decltype(element)>(args, tile, stride, state); });
+}
+
+// How a call is shared out.
+struct Plan {
+  int64_t tiles;   // of one kv head
+  int64_t items;   // tiles of all kv heads
+  int64_t splits;  // the most that a tile may have
+  Sizes sizes;
+  int workers;
+  bool apart;  // too few tiles for the workers: they share out splits, and merge them afterwards
+};
+
+Plan plan_of(const PrefillAttention& args, int threads) {
+  int64_t pairs = 0, keys = 0, rows = 0;
+  for (int64_t b = 0; b < args.batch; ++b) {
+    const Range range = range_of(args, b);
+    const int64_t tokens = range.total - range.context;
+    pairs += tokens * (range.total - range.low);
+    keys = std::max(keys, range.total - range.low);
+    rows = std::max(rows, tokens * args.q_heads / args.kv_heads);
+  }
+  Plan plan = {};
+  plan.tiles = args.tokens == 0 ? 0 : first_tile(args, args.batch);
+  plan.items = plan.tiles * args.kv_heads;
+  plan.splits = keys / kSplit + 2;
+  plan.sizes = {std::min<int64_t>((rows + kLanes - 1) / kLanes, kTileVectors),
+                (args.head_dim + kSums - 1) / kSums * kSums};
+  plan.workers = team(threads, pairs * args.q_heads * args.head_dim / kLanes);
+  plan.apart = plan.workers > 1 && plan.items < kTilesAThread * plan.workers && keys > kSplit;
+  return plan;
+}
+
 }  // namespace
 
 void prefill_attention(const PrefillAttention& args, int threads) {
-  const int64_t stride = (args.head_dim + kSums - 1) / kSums * kSums;
-  const int64_t tiles = args.tokens == 0 ? 0 : first_tile(args, args.batch);
-  const int64_t items = tiles * args.kv_heads;
-  int64_t pairs = 0, most_keys = 0;
-  for (int64_t b = 0; b < args.batch; ++b) {
-    const Range range = range_of(args, b);
-    pairs += (range.total - range.context) * (range.total - range.low);
-    most_keys = std::max(most_keys, range.total - range.low);
-  }
-  const int workers = team(threads, pairs * args.q_heads * args.head_dim / kLanes);
-  const int64_t most_splits = most_keys / kSplit + 2;
-  const bool apart = workers > 1 && items < kTilesAThread * workers && most_keys > kSplit;
-  Memory parts(apart ? items * most_splits * State::vectors(stride) : 0);
-  Floats* const memory = parts.take(0);
-  const auto part = [&](int64_t item, int64_t split) {
-    return State(memory + (item * most_splits + split) * State::vectors(stride));
+  const Plan plan = plan_of(args, threads);
+  const int64_t stride = plan.sizes.stride;
+  const int64_t units = plan.apart ? plan.items * plan.splits : 0;
+  Memory parts(units * plan.sizes.state());
+  const auto part = [&, memory = parts.take(0)](int64_t item, int64_t split) {
+    return State(memory + (item * plan.splits + split) * plan.sizes.state(), plan.sizes);
   };
   const auto tile_of = [&](int64_t item) {
     // The last tiles first: of one sequence without a window they have the most keys.
-    return tile_at(args, tiles - 1 - item / args.kv_heads, item % args.kv_heads);
+    return tile_at(args, plan.tiles - 1 - item % plan.tiles, item / plan.tiles);
   };
-  const auto begin = [&](const Tile& tile, const Workspace& work) {
-    with_dtype(args.dtype,
-               [&](auto element) { load_queries<decltype(element)>(args, tile, stride, work); });
-  };
-  const auto attend = [&](const Tile& tile, int64_t split, const Workspace& work,
-                          const State& state) {
-    const int64_t first = (tile.first_split() + split) * kSplit;
-    attend_split(args, tile, std::max(first, tile.first_key),
-                 std::min(first + kSplit, tile.end_key), stride, work, state);
-  };
-#pragma omp parallel num_threads(workers)
+#pragma omp parallel num_threads(plan.workers)
   {
-    Workspace work(stride);
+    Workspace work(plan.sizes);
 #pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < (apart ? items * most_splits : 0); ++unit) {
-      const Tile tile = tile_of(unit / most_splits);
-      const int64_t split = unit % most_splits;
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const int64_t item = unit / plan.splits, split = unit % plan.splits;
+      const Tile tile = tile_of(item);
       if (tile.rows == 0 || split >= tile.splits()) continue;
-      begin(tile, work);
-      attend(tile, split, work, part(unit / most_splits, split));
+      load_queries(args, tile, stride, work);
+      attend_split(args, tile, split, stride, work, part(item, split));
     }
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < items; ++item) {
+    for (int64_t item = 0; item < plan.items; ++item) {
       const Tile tile = tile_of(item);
       if (tile.rows == 0) continue;
-      if (!apart) begin(tile, work);
-      for (int64_t i = 0; i < tile.vectors(); ++i) {
-        work.tile.largest[i] = broadcast(-INFINITY);
-        work.tile.total[i] = Floats{};
-      }
-      std::fill_n(work.tile.values, tile.vectors() * stride, Floats{});
+      if (!plan.apart) load_queries(args, tile, stride, work);
+      const State state = plan.apart ? part(item, 0) : work.tile;
       for (int64_t split = 0; split < tile.splits(); ++split) {
-        const State later = apart ? part(item, split) : work.split;
-        if (!apart) attend(tile, split, work, later);
-        merge(tile, stride, work.tile, later);
+        const State later = plan.apart ? part(item, split) : split == 0 ? state : work.split;
+        if (!plan.apart) attend_split(args, tile, split, stride, work, later);
+        if (split > 0) merge(tile, stride, state, later);
       }
-      with_dtype(args.dtype, [&](auto element) {
-        store_results<decltype(element)>(args, tile, stride, work.tile);
-      });
+      store_results(args, tile, stride, state);
     }
   }
 }

@@ -9,7 +9,7 @@
 
 namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH {
 
-constexpr int kTileRows = 96;
+constexpr int kTileRows = 192;
 constexpr int kTileVectors = kTileRows / kLanes;
 constexpr int kSplit = 1024;  // keys of one softmax; splits start at its multiples
 
@@ -43,32 +43,36 @@ inline Range range_of(const PrefillAttention& args, int64_t sequence) {
 struct Tile {
   int64_t sequence;
   int64_t kv_head;
-  int64_t group;
-  int64_t first_row;
-  int64_t rows;       // 0: there is nothing to do
-  int64_t first_key;  // what the first row sees first
-  int64_t end_key;    // what the last row sees last, plus 1
+  uint32_t group;
+  uint32_t first_member;  // of the group
+  int64_t first_token;    // of the sequence's new ones
+  int64_t rows;           // 0: there is nothing to do
+  int64_t first_key;      // what the first row sees first
+  int64_t end_key;        // what the last row sees last, plus 1
   Range range;
 
   int64_t vectors() const { return (rows + kLanes - 1) / kLanes; }
   int64_t first_split() const { return first_key / kSplit; }
-  int64_t splits() const {
-    return first_key < end_key ? (end_key - 1) / kSplit - first_split() + 1 : 0;
+  int64_t splits() const {  // at least one, which may be empty
+    return first_key < end_key ? (end_key - 1) / kSplit - first_split() + 1 : 1;
   }
-  int64_t token(int64_t row) const { return range.begin + (first_row + row) / group; }
-  int64_t head(int64_t row) const { return kv_head * group + (first_row + row) % group; }
+  // Of all packed tokens, and of all query heads.
+  int64_t token(uint32_t row) const { return range.begin + own_token(row); }
+  int64_t head(uint32_t row) const { return kv_head * group + (first_member + row) % group; }
 
   // The keys that a row sees, first_seen..end_seen-1. Neither falls from one row to the next.
-  int64_t first_seen(const PrefillAttention& args, int64_t row) const {
+  int64_t first_seen(const PrefillAttention& args, uint32_t row) const {
     if (args.window == 0) return range.low;
     return std::max(range.low, position(row) - args.window + 1);
   }
-  int64_t end_seen(const PrefillAttention& args, int64_t row) const {
+  int64_t end_seen(const PrefillAttention& args, uint32_t row) const {
     return args.causal ? position(row) + 1 : range.total;
   }
 
  private:
-  int64_t position(int64_t row) const { return range.context + (first_row + row) / group; }
+  // 32-bit divisions: they are many, and 64-bit ones are slow.
+  int64_t own_token(uint32_t row) const { return first_token + (first_member + row) / group; }
+  int64_t position(uint32_t row) const { return range.context + own_token(row); }
 };
 
 // Sequence b owns tiles first_tile(b)..first_tile(b + 1)-1, enough for its rows without looking at
@@ -88,11 +92,13 @@ inline Tile tile_at(const PrefillAttention& args, int64_t index, int64_t kv_head
   Tile tile = {};
   tile.sequence = sequence;
   tile.kv_head = kv_head;
-  tile.group = args.q_heads / args.kv_heads;
+  tile.group = static_cast<uint32_t>(args.q_heads / args.kv_heads);
   tile.range = range_of(args, sequence);
-  tile.first_row = (index - first_tile(args, sequence)) * kTileRows;
+  const int64_t first_row = (index - first_tile(args, sequence)) * kTileRows;
+  tile.first_token = first_row / tile.group;
+  tile.first_member = static_cast<uint32_t>(first_row % tile.group);
   const int64_t rows = (tile.range.total - tile.range.context) * tile.group;
-  tile.rows = std::clamp<int64_t>(rows - tile.first_row, 0, kTileRows);
+  tile.rows = std::clamp<int64_t>(rows - first_row, 0, kTileRows);
   if (tile.rows > 0) {
     tile.first_key = tile.first_seen(args, 0);
     tile.end_key = tile.end_seen(args, tile.rows - 1);
