@@ -81,6 +81,14 @@ inline void pack(int rows, int64_t in, Row&& row, float* packed) {
 
 // ---- Dot products.
 
+// GCC would load an operand again for each FMA that uses it, and 8 rows do not run as fast then.
+inline Floats in_register(Floats value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#endif
+  return value;
+}
+
 // Of a weight: row j starts at data + j * stride; only the first `count` rows exist.
 template <typename T>
 struct WeightRows {
@@ -98,7 +106,7 @@ void dot_rows(const float* x, const WeightRows<typename Product::Element>& weigh
   using T = typename Product::Element;
   constexpr int kStep = Product::kStep;
   // So many rows of the weight are streamed at once: the accumulators fit the registers.
-  constexpr int kStreams = kRows == 8 ? kRegisters / 16 : std::min(kRegisters / 4 / kRows * 2, 4);
+  constexpr int kStreams = std::min(std::min(kLanes, 8), kRegisters / 2 / kRows);
   constexpr int kLine = std::max<int>(64 / sizeof(T), kStep);
   // The hardware stops prefetching at the end of a row; 512 to 2048 bytes do equally well.
   constexpr int64_t kAhead = 1024 / sizeof(T);
@@ -122,7 +130,7 @@ void dot_rows(const float* x, const WeightRows<typename Product::Element>& weigh
         const float* at = x + i / kStep * (kRows * kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          const Floats factor = load(at + r * kLanes);
+          const Floats factor = in_register(load(at + r * kLanes));
           for (int s = 0; s < kStreams; ++s) acc[r][s] = Product::add(acc[r][s], values[s], factor);
         }
       };
