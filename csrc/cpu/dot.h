@@ -2,8 +2,8 @@
 //
 // x is packed: up to kMaxRows of its rows lie interleaved, a vector of each in turn, so that one
 // pointer walks along all of them and a vector of the weight, once in a register, serves them all.
-// A pair of rows has one accumulator of kLanes partial sums, added up in the order of `sum_each`:
-// its bits depend on `in` alone, not on how many rows there are.
+// A pair of rows has kLanes partial sums, added up in the order of `sum_each`: its bits depend on
+// `in` alone, not on how many rows there are.
 #pragma once
 
 #include <algorithm>
@@ -112,6 +112,9 @@ void dot_rows(const float* x, const WeightRows<typename Product::Element>& weigh
   constexpr int64_t kAhead = 1024 / sizeof(T);
   // All weight rows meet 16 KB of x before the next columns, so that these stay in L1.
   constexpr int64_t kPanel = 4096 / kRows;
+  // So many products of a lane are added up on their own: long rows lose fewer bits.
+  constexpr int64_t kSegment = 32 * kLanes;
+  static_assert(kPanel % kSegment == 0 && kSegment % kLine == 0);
   Floats sums[kRows][kLanes] = {};
   for (int64_t first = 0; first < in; first += kPanel) {
     const int64_t end = std::min(in, first + kPanel);
@@ -120,31 +123,32 @@ void dot_rows(const float* x, const WeightRows<typename Product::Element>& weigh
       for (int s = 0; s < kStreams; ++s) {
         rows[s] = weight.data + std::min<int64_t>(j + s, weight.count - 1) * weight.stride;
       }
-      Floats acc[kRows][kStreams];
-      for (int r = 0; r < kRows; ++r) {
-        for (int s = 0; s < kStreams; ++s) acc[r][s] = sums[r][j + s];
-      }
-      const auto step = [&](int64_t i, int64_t count) {
-        Floats values[kStreams];
-        for (int s = 0; s < kStreams; ++s) values[s] = Product::read(rows[s] + i, count);
-        const float* at = x + i / kStep * (kRows * kLanes);
+      for (int64_t i = first; i < end;) {
+        const int64_t stop = std::min(end, i + kSegment);
+        Floats acc[kRows][kStreams] = {};
+        const auto step = [&](int64_t at, int64_t count) {
+          Floats values[kStreams];
+          for (int s = 0; s < kStreams; ++s) values[s] = Product::read(rows[s] + at, count);
+          const float* packed = x + at / kStep * (kRows * kLanes);
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          const Floats factor = in_register(load(at + r * kLanes));
-          for (int s = 0; s < kStreams; ++s) acc[r][s] = Product::add(acc[r][s], values[s], factor);
+          for (int r = 0; r < kRows; ++r) {
+            const Floats factor = in_register(load(packed + r * kLanes));
+            for (int s = 0; s < kStreams; ++s) {
+              acc[r][s] = Product::add(acc[r][s], values[s], factor);
+            }
+          }
+        };
+        for (; i + kLine <= stop; i += kLine) {
+          // Past the end of these columns follow those of the next rows.
+          const int64_t next = i + kAhead < end ? 0 : kStreams * weight.stride - (end - first);
+          for (int s = 0; s < kStreams; ++s) __builtin_prefetch(rows[s] + i + kAhead + next);
+#pragma GCC unroll 8
+          for (int k = 0; k < kLine; k += kStep) step(i + k, kStep);
         }
-      };
-      int64_t i = first;
-      for (; i + kLine <= end; i += kLine) {
-        // Past the end of these columns follow those of the next rows.
-        const int64_t next = i + kAhead < end ? 0 : kStreams * weight.stride - (end - first);
-        for (int s = 0; s < kStreams; ++s) __builtin_prefetch(rows[s] + i + kAhead + next);
-#pragma GCC unroll 8
-        for (int k = 0; k < kLine; k += kStep) step(i + k, kStep);
-      }
-      for (; i < end; i += kStep) step(i, end - i);
-      for (int r = 0; r < kRows; ++r) {
-        for (int s = 0; s < kStreams; ++s) sums[r][j + s] = acc[r][s];
+        for (; i < stop; i += kStep) step(i, stop - i);
+        for (int r = 0; r < kRows; ++r) {
+          for (int s = 0; s < kStreams; ++s) sums[r][j + s] += acc[r][s];
+        }
       }
     }
   }
