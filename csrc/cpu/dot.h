@@ -2,8 +2,8 @@
 //
 // x is packed: up to kMaxRows of its rows lie interleaved, a vector of each in turn, so that one
 // pointer walks along all of them and a vector of the weight, once in a register, serves them all.
-// A pair of rows has one accumulator of kLanes partial sums, added up in the order of `sum_each`:
-// its bits depend on `in` alone, not on how many rows there are.
+// A pair of rows has kLanes partial sums, added up in the order of `sum_each`: its bits depend on
+// `in` alone, not on how many rows there are.
 #pragma once
 
 #include <algorithm>
@@ -81,6 +81,14 @@ inline void pack(int rows, int64_t in, Row&& row, float* packed) {
 
 // ---- Dot products.
 
+// GCC would load an operand again for each FMA that uses it, and 8 rows do not run as fast then.
+inline Floats in_register(Floats value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#endif
+  return value;
+}
+
 // Of a weight: row j starts at data + j * stride; only the first `count` rows exist.
 template <typename T>
 struct WeightRows {
@@ -98,12 +106,15 @@ void dot_rows(const float* x, const WeightRows<typename Product::Element>& weigh
   using T = typename Product::Element;
   constexpr int kStep = Product::kStep;
   // So many rows of the weight are streamed at once: the accumulators fit the registers.
-  constexpr int kStreams = kRows == 8 ? kRegisters / 16 : std::min(kRegisters / 4 / kRows * 2, 4);
+  constexpr int kStreams = std::min(std::min(kLanes, 8), kRegisters / 2 / kRows);
   constexpr int kLine = std::max<int>(64 / sizeof(T), kStep);
   // The hardware stops prefetching at the end of a row; 512 to 2048 bytes do equally well.
   constexpr int64_t kAhead = 1024 / sizeof(T);
   // All weight rows meet 16 KB of x before the next columns, so that these stay in L1.
   constexpr int64_t kPanel = 4096 / kRows;
+  // So many products of a lane are added up on their own: long rows lose fewer bits.
+  constexpr int64_t kSegment = 32 * kLanes;
+  static_assert(kPanel % kSegment == 0 && kSegment % kLine == 0);
   Floats sums[kRows][kLanes] = {};
   for (int64_t first = 0; first < in; first += kPanel) {
     const int64_t end = std::min(in, first + kPanel);
@@ -112,31 +123,32 @@ void dot_rows(const float* x, const WeightRows<typename Product::Element>& weigh
       for (int s = 0; s < kStreams; ++s) {
         rows[s] = weight.data + std::min<int64_t>(j + s, weight.count - 1) * weight.stride;
       }
-      Floats acc[kRows][kStreams];
-      for (int r = 0; r < kRows; ++r) {
-        for (int s = 0; s < kStreams; ++s) acc[r][s] = sums[r][j + s];
-      }
-      const auto step = [&](int64_t i, int64_t count) {
-        Floats values[kStreams];
-        for (int s = 0; s < kStreams; ++s) values[s] = Product::read(rows[s] + i, count);
-        const float* at = x + i / kStep * (kRows * kLanes);
+      for (int64_t i = first; i < end;) {
+        const int64_t stop = std::min(end, i + kSegment);
+        Floats acc[kRows][kStreams] = {};
+        const auto step = [&](int64_t at, int64_t count) {
+          Floats values[kStreams];
+          for (int s = 0; s < kStreams; ++s) values[s] = Product::read(rows[s] + at, count);
+          const float* packed = x + at / kStep * (kRows * kLanes);
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          const Floats factor = load(at + r * kLanes);
-          for (int s = 0; s < kStreams; ++s) acc[r][s] = Product::add(acc[r][s], values[s], factor);
+          for (int r = 0; r < kRows; ++r) {
+            const Floats factor = in_register(load(packed + r * kLanes));
+            for (int s = 0; s < kStreams; ++s) {
+              acc[r][s] = Product::add(acc[r][s], values[s], factor);
+            }
+          }
+        };
+        for (; i + kLine <= stop; i += kLine) {
+          // Past the end of these columns follow those of the next rows.
+          const int64_t next = i + kAhead < end ? 0 : kStreams * weight.stride - (end - first);
+          for (int s = 0; s < kStreams; ++s) __builtin_prefetch(rows[s] + i + kAhead + next);
+#pragma GCC unroll 8
+          for (int k = 0; k < kLine; k += kStep) step(i + k, kStep);
         }
-      };
-      int64_t i = first;
-      for (; i + kLine <= end; i += kLine) {
-        // Past the end of these columns follow those of the next rows.
-        const int64_t next = i + kAhead < end ? 0 : kStreams * weight.stride - (end - first);
-        for (int s = 0; s < kStreams; ++s) __builtin_prefetch(rows[s] + i + kAhead + next);
-#pragma GCC unroll 8
-        for (int k = 0; k < kLine; k += kStep) step(i + k, kStep);
-      }
-      for (; i < end; i += kStep) step(i, end - i);
-      for (int r = 0; r < kRows; ++r) {
-        for (int s = 0; s < kStreams; ++s) sums[r][j + s] = acc[r][s];
+        for (; i < stop; i += kStep) step(i, stop - i);
+        for (int r = 0; r < kRows; ++r) {
+          for (int s = 0; s < kStreams; ++s) sums[r][j + s] += acc[r][s];
+        }
       }
     }
   }

@@ -31,14 +31,12 @@ from mistral_kernels.ops.dispatch import (
     define,
     native_extension,
 )
-from mistral_kernels.ops.linear import linear_reference
+from mistral_kernels.ops.linear import few_rows, linear_reference
 from mistral_kernels.ops.silu_mul import silu_mul, silu_mul_backward, silu_mul_reference
 
 WORKSPACE_BYTES = 256 << 20  # many tokens are worked in chunks that need no more than this
 
 
-# Up to so many (token, slot) pairs are ours on the CPU.
-FEW_PAIRS = {torch.float32: 32, torch.bfloat16: 32, torch.float16: 32}
 MAX_TOP_K = 256  # kMaxPairs of csrc/cpu/expert_mlp.cpp
 
 
@@ -135,7 +133,10 @@ def _expert_mlp_cpu(
     x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, expert_ids: Tensor, batch_invariant: bool
 ) -> Tensor:
     out = x.new_empty(x.shape)
-    if not batch_invariant and expert_ids.numel() > FEW_PAIRS[x.dtype]:
+    # On average an expert has few rows. Time of the GEMMs over ours, hidden 512, ffn_dim 1792, 8
+    # experts, top-2, float32, on the machine of `few_rows`: 2.3 for 1 token, 2.6 for 32, 2.2 for
+    # 128, 1.0 for 256.
+    if not batch_invariant and expert_ids.numel() > few_rows(x.dtype) * len(w13):
         for rows in chunks(x, w2, expert_ids):
             out[rows] = _sorted_by_expert(x[rows], w13, w2, weights[rows], expert_ids[rows])
         return out
