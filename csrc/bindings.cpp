@@ -76,12 +76,19 @@ struct At {
   }
 };
 
+using HeadRowsFields = std::tuple<Address, int64_t, int64_t>;
 using PagesFields = std::tuple<Address, int64_t, int64_t, int64_t, Address, int64_t>;
 using RingFields = std::tuple<PagesFields, PagesFields, Address, int64_t, int64_t, int64_t, int>;
 
 Pages pages(const PagesFields& fields) {
   const auto [data, stride_page, stride_row, stride_head, scale, stride_scale] = fields;
   return {At{data}, stride_page, stride_row, stride_head, At{scale}, stride_scale};
+}
+
+// What `head_rows` of ops/ring.py returns.
+HeadRows head_rows(const HeadRowsFields& fields) {
+  const auto [data, stride_token, stride_head] = fields;
+  return {At{data}, stride_token, stride_head};
 }
 
 // What `ring_fields` of ops/ring.py returns.
@@ -99,6 +106,26 @@ RmsNorm rms_norm_args(Address x, Address residual, Address weight, Address out, 
   return {
       At{x},          At{residual},          At{weight}, At{out},     At{summed}, tokens, hidden,
       stride_x_token, stride_residual_token, eps,        Dtype(dtype)};
+}
+
+StoreKv store_kv_args(const HeadRowsFields& k, const HeadRowsFields& v, const RingFields& fields,
+                      Address cu_seqlens, Address context_lens, int64_t batch, int64_t tokens,
+                      int64_t kv_heads, int64_t head_dim, int dtype) {
+  return {head_rows(k), head_rows(v), ring(fields), At{cu_seqlens}, At{context_lens},
+          batch,        tokens,       kv_heads,     head_dim,       Dtype(dtype)};
+}
+
+DecodeAttention decode_attention_args(const HeadRowsFields& q, const HeadRowsFields& k,
+                                      const HeadRowsFields& v, Address out, Address lse,
+                                      const RingFields& fields, Address positions, Address starts,
+                                      Address cos, Address sin, int64_t stride_cos,
+                                      int64_t stride_sin, Address q_scale, bool interleaved,
+                                      int64_t batch, int64_t q_heads, int64_t kv_heads,
+                                      int64_t head_dim, int64_t window, float scale, int dtype) {
+  return {head_rows(q),  head_rows(k), head_rows(v), At{out}, At{lse},    ring(fields),
+          At{positions}, At{starts},   At{cos},      At{sin}, stride_cos, stride_sin,
+          At{q_scale},   interleaved,  batch,        q_heads, kv_heads,   head_dim,
+          window,        scale,        Dtype(dtype)};
 }
 
 std::string compiler() {
@@ -133,6 +160,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this extension was built with; None where not built.");
   m.def("instruction_sets", &instruction_sets, "What this machine runs of what was built.");
   m.def("rms_norm_cpu", MISTRAL_KERNELS_ON_CPU(rms_norm), no_gil);
+  m.def("store_kv_cpu", MISTRAL_KERNELS_ON_CPU(store_kv), no_gil);
+  m.def("decode_attention_cpu", MISTRAL_KERNELS_ON_CPU(decode_attention), no_gil);
 #ifdef MISTRAL_KERNELS_CUDA
   m.def("cuda_versions", &cuda_versions, "(driver, runtime), 13000 for 13.0; driver 0 if absent.");
   m.def("rms_norm_cuda", on_cuda(&rms_norm_args, &cuda::rms_norm), no_gil);

@@ -45,6 +45,54 @@ struct Ring {
   Dtype dtype;  // of both caches
 };
 
+// A tensor (tokens, heads, head_dim), last dimension contiguous. Strides in elements.
+struct HeadRows {
+  const void* data;  // null: absent
+  int64_t stride_token;
+  int64_t stride_head;
+};
+
+// Row i of sequence b goes to position context_lens[b] + i - cu_seqlens[b] of the ring; rows of a
+// negative position, and those that later rows of the call overwrite, are not written.
+struct StoreKv {
+  HeadRows k;  // (tokens, kv_heads, head_dim), dtype
+  HeadRows v;
+  Ring ring;                    // of dtype, or quantised
+  const int32_t* cu_seqlens;    // (batch + 1,)
+  const int32_t* context_lens;  // (batch,)
+  int64_t batch;
+  int64_t tokens;
+  int64_t kv_heads;
+  int64_t head_dim;
+  Dtype dtype;
+};
+
+// One new token a sequence: rotates q and k, writes k and v to the ring, attends over the newest
+// `window` keys from max(0, starts) on. A row of negative position gets out 0 and lse -inf.
+struct DecodeAttention {
+  HeadRows q;  // (batch, q_heads, head_dim), dtype
+  HeadRows k;  // (batch, kv_heads, head_dim), dtype; null with v: already in the ring
+  HeadRows v;
+  void* out;                 // (batch, q_heads, head_dim), contiguous, dtype
+  float* lse;                // (batch, q_heads), contiguous
+  Ring ring;                 // of dtype, or quantised
+  const int32_t* positions;  // (batch,)
+  const int32_t* starts;     // (batch,); null: 0
+  const float* cos;          // (max_positions, head_dim / 2); null with sin: already rotated
+  const float* sin;
+  int64_t stride_cos;    // in elements
+  int64_t stride_sin;    // in elements
+  const float* q_scale;  // (max_positions,); null: 1
+  bool interleaved;
+  int64_t batch;
+  int64_t q_heads;
+  int64_t kv_heads;
+  int64_t head_dim;
+  int64_t window;  // at most the ring's capacity
+  float scale;
+  Dtype dtype;
+};
+
 // Each file of csrc/cpu is compiled once for each of these instruction sets (setup.py), oldest
 // first; a machine that runs one runs all before it. Expands to apply(name, ...) for each. A build
 // without CPU kernels defines it as empty.
@@ -58,9 +106,11 @@ struct Ring {
 #endif
 
 // `threads` of torch's OpenMP pool take part; the bits do not depend on how many.
-#define MISTRAL_KERNELS_DECLARE(path, ...)         \
-  namespace cpu::path {                            \
-  void rms_norm(const RmsNorm& args, int threads); \
+#define MISTRAL_KERNELS_DECLARE(path, ...)                         \
+  namespace cpu::path {                                            \
+  void rms_norm(const RmsNorm& args, int threads);                 \
+  void store_kv(const StoreKv& args, int threads);                 \
+  void decode_attention(const DecodeAttention& args, int threads); \
   }
 MISTRAL_KERNELS_PATHS(MISTRAL_KERNELS_DECLARE, )
 #undef MISTRAL_KERNELS_DECLARE

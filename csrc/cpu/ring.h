@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/dispatch.h"
 #include "cpu/simd.h"
@@ -22,6 +23,19 @@ inline void with_cache_dtype(Dtype dtype, Run&& run) {
   }
 }
 
+// Calls run(Cache{}) with the storage type of a cache for inputs of type T: theirs, or quantised.
+template <typename T, typename Run>
+inline void with_cache_of(Dtype dtype, Run&& run) {
+  switch (dtype) {
+    case Dtype::kInt8:
+      return run(Int8{});
+    case Dtype::kFloat8:
+      return run(Float8{});
+    default:
+      return run(T{});
+  }
+}
+
 // Calls run(row, first, count) for each contiguous run of positions first..end-1 of a sequence and
 // head: `row` is where position `first` lies; `count` more rows follow at pages.stride_row. A run
 // ends with its page, and so where the ring wraps.
@@ -38,6 +52,16 @@ inline void for_runs(const Ring& ring, const Pages& pages, int64_t sequence, int
               row * pages.stride_row + head * pages.stride_head;
     run(data, first, count);
     first += count;
+  }
+}
+
+// Stores a row of a new key or value: its very bits, or value / scale, rounded and saturating.
+template <typename T, typename Cache>
+inline void write_row(const T* from, Cache* to, int64_t head_dim, float scale) {
+  if constexpr (std::is_same_v<T, Cache>) {
+    std::memcpy(to, from, head_dim * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < head_dim; ++i) to[i] = from_float<Cache>(to_float(from[i]) / scale);
   }
 }
 

@@ -13,9 +13,25 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops.checks import Arguments, compute_dtype
-from mistral_kernels.ops.dispatch import define
+from mistral_kernels.ops.dispatch import (
+    KERNEL_DTYPES,
+    Cell,
+    cpu_queue,
+    define,
+    native_extension,
+)
 from mistral_kernels.ops.masked_attention import empty_outputs, masked_attention
-from mistral_kernels.ops.ring import check_cache, check_pages, read_ring, ring_slots, write_ring
+from mistral_kernels.ops.ring import (
+    address,
+    all_pages_exist,
+    check_cache,
+    check_pages,
+    head_rows,
+    read_ring,
+    ring_fields,
+    ring_slots,
+    write_ring,
+)
 from mistral_kernels.ops.rope import check_rope_positions, check_rope_tables, rope_reference
 
 
@@ -72,6 +88,40 @@ def decode_attention_reference(
     return out, lse
 
 
+def _decode_attention_cpu(
+    q, k, v, k_cache, v_cache, block_table, positions, cos, sin, interleaved, window, starts,
+    q_scale, scale, k_scale, v_scale, *_,
+):  # fmt: skip
+    out, lse = empty_outputs(q)
+    batch, q_heads, head_dim = q.shape
+    capacity = block_table.shape[1] * k_cache.shape[1]
+    native_extension().decode_attention_cpu(
+        head_rows(q),
+        head_rows(k),
+        head_rows(v),
+        out.data_ptr(),
+        lse.data_ptr(),
+        ring_fields(k_cache, v_cache, block_table, k_scale, v_scale),
+        positions.data_ptr(),
+        address(starts),
+        address(cos),
+        address(sin),
+        0 if cos is None else cos.stride(0),
+        0 if sin is None else sin.stride(0),
+        address(q_scale),
+        interleaved,
+        batch,
+        q_heads,
+        k_cache.shape[2],
+        head_dim,
+        capacity if window is None else min(window, capacity),
+        scale,
+        KERNEL_DTYPES.index(q.dtype),  # the order of csrc/dtype.h
+        *cpu_queue(),
+    )
+    return out, lse
+
+
 def _facts(q, k, v, k_cache, *_):
     return (
         ("head_dim", q.shape[2]),
@@ -85,6 +135,8 @@ def _check_values(
 ):
     if cos is not None:
         check_rope_positions("decode_attention", positions, cos)
+    if all_pages_exist(block_table, k_cache):
+        return
     capacity = block_table.shape[1] * k_cache.shape[1]
     for b, position in enumerate(positions.tolist()):
         if position < 0:
@@ -104,7 +156,7 @@ _decode_attention = define(
     " bool batch_invariant",
     "(Tensor, Tensor)",
     fake=empty_outputs,
-    cells={"reference": decode_attention_reference},
+    cells={"reference": decode_attention_reference, "cpu": Cell(_decode_attention_cpu)},
     facts=_facts,
     check_values=_check_values,
 )

@@ -92,6 +92,16 @@ def read_ring(
     return rows if scale is None else rows * scale.to(dtype).view(1, -1, 1)
 
 
+def head_rows(x: Tensor | None) -> tuple[int, int, int]:
+    """The struct HeadRows of csrc/launchers.h, of x (tokens, heads, head_dim)."""
+    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def address(x: Tensor | None) -> int:
+    """Where x begins; 0 for no tensor, as C++ expects it."""
+    return 0 if x is None else x.data_ptr()
+
+
 def ring_fields(
     k_cache: Tensor,
     v_cache: Tensor,
@@ -103,8 +113,7 @@ def ring_fields(
 
     def pages(cache: Tensor, scale: Tensor | None) -> tuple:
         step = scale is not None and scale.numel() > 1
-        address = 0 if scale is None else scale.data_ptr()
-        return cache.data_ptr(), *cache.stride()[:3], address, int(step)
+        return cache.data_ptr(), *cache.stride()[:3], address(scale), int(step)
 
     return (
         pages(k_cache, k_scale),
@@ -153,6 +162,17 @@ def check_cache(
             check.is_tensor(name, scale)
             size = 1 if scale.numel() == 1 else "kv_heads"
             check.tensor(name, scale, (size,), (torch.float32,))
+
+
+def all_pages_exist(block_table: Tensor, cache: Tensor) -> bool:
+    """Whether every table entry, in use or not, is a page (reads data: CPU tensors only).
+
+    It spares an op the exact check, which costs far more: see `check_pages`.
+    """
+    if not block_table.numel():
+        return True
+    least, largest = block_table.aminmax()
+    return int(least) >= 0 and int(largest) < cache.shape[0]
 
 
 def check_pages(op: str, block_table: Tensor, sequences: Tensor, slots: Tensor, cache: Tensor):

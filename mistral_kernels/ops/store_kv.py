@@ -11,12 +11,21 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops.checks import Arguments
-from mistral_kernels.ops.dispatch import define
+from mistral_kernels.ops.dispatch import (
+    KERNEL_DTYPES,
+    Cell,
+    cpu_queue,
+    define,
+    native_extension,
+)
 from mistral_kernels.ops.ring import (
+    all_pages_exist,
     check_cache,
     check_pages,
     check_ragged,
+    head_rows,
     packed_rows,
+    ring_fields,
     ring_slots,
     write_ring,
 )
@@ -48,8 +57,26 @@ def store_kv_reference(
     write_ring(v[rows], v_cache, block_table, sequences, positions, v_scale)
 
 
+def _store_kv_cpu(
+    k, v, k_cache, v_cache, block_table, cu_seqlens, context_lens, k_scale, v_scale
+) -> None:
+    native_extension().store_kv_cpu(
+        head_rows(k),
+        head_rows(v),
+        ring_fields(k_cache, v_cache, block_table, k_scale, v_scale),
+        cu_seqlens.data_ptr(),
+        context_lens.data_ptr(),
+        context_lens.shape[0],
+        *k.shape,
+        KERNEL_DTYPES.index(k.dtype),  # the order of csrc/dtype.h
+        *cpu_queue(),
+    )
+
+
 def _check_values(k, v, k_cache, v_cache, block_table, cu_seqlens, context_lens, *_) -> None:
     check_ragged("store_kv_", cu_seqlens, None, len(k))
+    if all_pages_exist(block_table, k_cache):
+        return
     _, sequences, positions = _written_rows(k, k_cache, block_table, cu_seqlens, context_lens)
     slots = ring_slots(positions, block_table.shape[1] * k_cache.shape[1])
     check_pages("store_kv_", block_table, sequences, slots, k_cache)
@@ -61,7 +88,7 @@ _store_kv_ = define(
     " Tensor cu_seqlens, Tensor context_lens, Tensor? k_scale, Tensor? v_scale",
     "()",
     fake=lambda *_: None,
-    cells={"reference": store_kv_reference},
+    cells={"reference": store_kv_reference, "cpu": Cell(_store_kv_cpu)},
     facts=lambda k, v, k_cache, *_: (("head_dim", k.shape[2]), ("page_size", k_cache.shape[1])),
     check_values=_check_values,
 )
