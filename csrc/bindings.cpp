@@ -103,6 +103,14 @@ Ring ring(const RingFields& fields) {
           pages_per_seq, page_size, Dtype(dtype)};
 }
 
+// from, to, heads, then the strides of tokens and heads of both.
+using RopeHeadsFields = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+RopeHeads rope_heads(const RopeHeadsFields& fields) {
+  const auto [from, to, heads, from_token, from_head, to_token, to_head] = fields;
+  return {At{from}, At{to}, heads, from_token, from_head, to_token, to_head};
+}
+
 // ---- The arguments of each op, in the order of its struct in launchers.h.
 
 RmsNorm rms_norm_args(Address x, Address residual, Address weight, Address out, Address summed,
@@ -113,14 +121,6 @@ RmsNorm rms_norm_args(Address x, Address residual, Address weight, Address out, 
       stride_x_token, stride_residual_token, eps,        Dtype(dtype)};
 }
 
-// from, to, heads, then the strides of tokens and heads of both.
-using RopeHeadsFields = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t, int64_t>;
-
-RopeHeads rope_heads(const RopeHeadsFields& fields) {
-  const auto [from, to, heads, from_token, from_head, to_token, to_head] = fields;
-  return {At{from}, At{to}, heads, from_token, from_head, to_token, to_head};
-}
-
 Rope rope_args(const RopeHeadsFields& q, const RopeHeadsFields& k, Address cos, Address sin,
                Address q_scale, Address positions, int64_t tokens, int64_t head_dim,
                int64_t stride_cos, int64_t stride_sin, bool interleaved, int dtype) {
@@ -128,9 +128,36 @@ Rope rope_args(const RopeHeadsFields& q, const RopeHeadsFields& k, Address cos, 
           tokens,        head_dim,      stride_cos, stride_sin, interleaved, Dtype(dtype)};
 }
 
-SiluMul silu_mul_args(Address gate_up, Address out, int64_t tokens, int64_t ffn_dim,
-                      int64_t stride_token, int dtype) {
-  return {At{gate_up}, At{out}, tokens, ffn_dim, stride_token, Dtype(dtype)};
+StoreKv store_kv_args(const HeadRowsFields& k, const HeadRowsFields& v, const RingFields& fields,
+                      Address cu_seqlens, Address context_lens, int64_t batch, int64_t tokens,
+                      int64_t kv_heads, int64_t head_dim, int dtype) {
+  return {head_rows(k), head_rows(v), ring(fields), At{cu_seqlens}, At{context_lens},
+          batch,        tokens,       kv_heads,     head_dim,       Dtype(dtype)};
+}
+
+PrefillAttention prefill_attention_args(const HeadRowsFields& q, const HeadRowsFields& k,
+                                        const HeadRowsFields& v, Address out, Address lse,
+                                        Address cu_seqlens, Address context_lens, Address starts,
+                                        int64_t batch, int64_t tokens, int64_t q_heads,
+                                        int64_t kv_heads, int64_t head_dim, int64_t window,
+                                        bool causal, float scale, int dtype,
+                                        const RingFields& fields) {
+  return {head_rows(q),     head_rows(k), head_rows(v), At{out}, At{lse},      At{cu_seqlens},
+          At{context_lens}, At{starts},   batch,        tokens,  q_heads,      kv_heads,
+          head_dim,         window,       causal,       scale,   Dtype(dtype), ring(fields)};
+}
+
+DecodeAttention decode_attention_args(const HeadRowsFields& q, const HeadRowsFields& k,
+                                      const HeadRowsFields& v, Address out, Address lse,
+                                      const RingFields& fields, Address positions, Address starts,
+                                      Address cos, Address sin, int64_t stride_cos,
+                                      int64_t stride_sin, Address q_scale, bool interleaved,
+                                      int64_t batch, int64_t q_heads, int64_t kv_heads,
+                                      int64_t head_dim, int64_t window, float scale, int dtype) {
+  return {head_rows(q),  head_rows(k), head_rows(v), At{out}, At{lse},    ring(fields),
+          At{positions}, At{starts},   At{cos},      At{sin}, stride_cos, stride_sin,
+          At{q_scale},   interleaved,  batch,        q_heads, kv_heads,   head_dim,
+          window,        scale,        Dtype(dtype)};
 }
 
 RouteExperts route_experts_args(Address logits, Address positions, Address weights,
@@ -138,12 +165,6 @@ RouteExperts route_experts_args(Address logits, Address positions, Address weigh
                                 int64_t stride_token, int dtype) {
   return {At{logits}, At{positions}, At{weights},  At{expert_ids}, tokens,
           experts,    top_k,         stride_token, Dtype(dtype)};
-}
-
-Linear linear_args(Address x, Address weight, Address out, int64_t rows, int64_t in_dim,
-                   int64_t out_dim, int64_t stride_x_row, int64_t stride_weight_row, int dtype) {
-  return {At{x},   At{weight},   At{out},           rows,        in_dim,
-          out_dim, stride_x_row, stride_weight_row, Dtype(dtype)};
 }
 
 ExpertMlp expert_mlp_args(Address x, Address w13, Address w2, Address weights, Address expert_ids,
@@ -173,58 +194,15 @@ ExpertMlp expert_mlp_args(Address x, Address w13, Address w2, Address weights, A
           Dtype(dtype)};
 }
 
-StoreKv store_kv_args(const HeadRowsFields& k, const HeadRowsFields& v, const RingFields& fields,
-                      Address cu_seqlens, Address context_lens, int64_t batch, int64_t tokens,
-                      int64_t kv_heads, int64_t head_dim, int dtype) {
-  return {head_rows(k), head_rows(v), ring(fields), At{cu_seqlens}, At{context_lens},
-          batch,        tokens,       kv_heads,     head_dim,       Dtype(dtype)};
+SiluMul silu_mul_args(Address gate_up, Address out, int64_t tokens, int64_t ffn_dim,
+                      int64_t stride_token, int dtype) {
+  return {At{gate_up}, At{out}, tokens, ffn_dim, stride_token, Dtype(dtype)};
 }
 
-DecodeAttention decode_attention_args(const HeadRowsFields& q, const HeadRowsFields& k,
-                                      const HeadRowsFields& v, Address out, Address lse,
-                                      const RingFields& fields, Address positions, Address starts,
-                                      Address cos, Address sin, int64_t stride_cos,
-                                      int64_t stride_sin, Address q_scale, bool interleaved,
-                                      int64_t batch, int64_t q_heads, int64_t kv_heads,
-                                      int64_t head_dim, int64_t window, float scale, int dtype) {
-  return {head_rows(q),  head_rows(k), head_rows(v), At{out}, At{lse},    ring(fields),
-          At{positions}, At{starts},   At{cos},      At{sin}, stride_cos, stride_sin,
-          At{q_scale},   interleaved,  batch,        q_heads, kv_heads,   head_dim,
-          window,        scale,        Dtype(dtype)};
-}
-
-PrefillAttention prefill_attention_args(Address q, Address k, Address v, Address out, Address lse,
-                                        Address cu_seqlens, Address context_lens, Address starts,
-                                        int64_t batch, int64_t tokens, int64_t q_heads,
-                                        int64_t kv_heads, int64_t head_dim, int64_t stride_q_token,
-                                        int64_t stride_q_head, int64_t stride_k_token,
-                                        int64_t stride_k_head, int64_t stride_v_token,
-                                        int64_t stride_v_head, int64_t window, bool causal,
-                                        float scale, int dtype, const RingFields& ring_fields) {
-  return {At{q},
-          At{k},
-          At{v},
-          At{out},
-          At{lse},
-          At{cu_seqlens},
-          At{context_lens},
-          At{starts},
-          batch,
-          tokens,
-          q_heads,
-          kv_heads,
-          head_dim,
-          stride_q_token,
-          stride_q_head,
-          stride_k_token,
-          stride_k_head,
-          stride_v_token,
-          stride_v_head,
-          window,
-          causal,
-          scale,
-          Dtype(dtype),
-          ring(ring_fields)};
+Linear linear_args(Address x, Address weight, Address out, int64_t rows, int64_t in_dim,
+                   int64_t out_dim, int64_t stride_x_row, int64_t stride_weight_row, int dtype) {
+  return {At{x},   At{weight},   At{out},           rows,        in_dim,
+          out_dim, stride_x_row, stride_weight_row, Dtype(dtype)};
 }
 
 std::string compiler() {
@@ -261,13 +239,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &instruction_sets, "What this machine runs of what was built.");
   m.def("rms_norm_cpu", MISTRAL_KERNELS_ON_CPU(rms_norm), no_gil);
   m.def("rope_cpu", MISTRAL_KERNELS_ON_CPU(rope), no_gil);
+  m.def("store_kv_cpu", MISTRAL_KERNELS_ON_CPU(store_kv), no_gil);
+  m.def("prefill_attention_cpu", MISTRAL_KERNELS_ON_CPU(prefill_attention), no_gil);
+  m.def("decode_attention_cpu", MISTRAL_KERNELS_ON_CPU(decode_attention), no_gil);
   m.def("route_experts_cpu", MISTRAL_KERNELS_ON_CPU(route_experts), no_gil);
+  m.def("expert_mlp_cpu", MISTRAL_KERNELS_ON_CPU(expert_mlp), no_gil);
   m.def("silu_mul_cpu", MISTRAL_KERNELS_ON_CPU(silu_mul), no_gil);
   m.def("linear_cpu", MISTRAL_KERNELS_ON_CPU(linear), no_gil);
-  m.def("expert_mlp_cpu", MISTRAL_KERNELS_ON_CPU(expert_mlp), no_gil);
-  m.def("store_kv_cpu", MISTRAL_KERNELS_ON_CPU(store_kv), no_gil);
-  m.def("decode_attention_cpu", MISTRAL_KERNELS_ON_CPU(decode_attention), no_gil);
-  m.def("prefill_attention_cpu", MISTRAL_KERNELS_ON_CPU(prefill_attention), no_gil);
 #ifdef MISTRAL_KERNELS_CUDA
   m.def("cuda_versions", &cuda_versions, "(driver, runtime), 13000 for 13.0; driver 0 if absent.");
   m.def("rms_norm_cuda", on_cuda(&rms_norm_args, &cuda::rms_norm), no_gil);

@@ -7,6 +7,36 @@
 
 namespace mistral_kernels {
 
+// A tensor (tokens, heads, head_dim), last dimension contiguous. Strides in elements.
+struct HeadRows {
+  const void* data;  // null: absent
+  int64_t stride_token;
+  int64_t stride_head;
+};
+
+// One of the two cache tensors of a layer, (pages, page_size, kv_heads, head_dim) with any memory
+// order; the last dimension is contiguous. Strides in elements.
+struct Pages {
+  void* data;
+  int64_t stride_page;
+  int64_t stride_row;
+  int64_t stride_head;
+  const float* scale;    // of a quantised cache, else null
+  int64_t stride_scale;  // 0: one scale for all heads, 1: one a head
+};
+
+// The rolling cache of a layer: position p of sequence b lives in slot p % capacity, where
+// capacity is pages_per_seq * page_size, on page block_table[b][slot / page_size].
+struct Ring {
+  Pages k;
+  Pages v;
+  const int32_t* block_table;  // (batch, pages_per_seq); null: there is no cache
+  int64_t stride_table;        // in elements
+  int64_t pages_per_seq;
+  int64_t page_size;
+  Dtype dtype;  // of both caches
+};
+
 // out = round(value * rsqrt(mean(value^2) + eps) * weight), value = x or round(x + residual).
 struct RmsNorm {
   const void* x;         // (tokens, hidden), last dimension contiguous
@@ -52,97 +82,6 @@ struct Rope {
   Dtype dtype;
 };
 
-// out = round(silu(gate) * up)
-struct SiluMul {
-  const void* gate_up;  // (tokens, 2 * ffn_dim), gate first, last dimension contiguous
-  void* out;            // (tokens, ffn_dim), contiguous
-  int64_t tokens;       // 0 is a no-op
-  int64_t ffn_dim;
-  int64_t stride_token;  // of gate_up, in elements
-  Dtype dtype;
-};
-
-// The top_k largest logits of each row, lowest index first among equals, and their softmax.
-struct RouteExperts {
-  const void* logits;        // (tokens, experts), last dimension contiguous
-  const int32_t* positions;  // (tokens,), contiguous: negative is idle; null: no row is
-  float* weights;            // (tokens, top_k), contiguous; 0 in idle rows
-  int32_t* expert_ids;       // (tokens, top_k), contiguous; -1 in idle rows
-  int64_t tokens;            // 0 is a no-op
-  int64_t experts;
-  int64_t top_k;         // 1 <= top_k <= experts
-  int64_t stride_token;  // of logits, in elements
-  Dtype dtype;
-};
-
-// out[row][o] = round(sum over i of x[row][i] * weight[o][i]).
-struct Linear {
-  const void* x;       // (rows, in_dim), last dimension contiguous
-  const void* weight;  // (out_dim, in_dim), last dimension contiguous, dtype of x
-  void* out;           // (rows, out_dim), contiguous
-  int64_t rows;        // 0 is a no-op
-  int64_t in_dim;
-  int64_t out_dim;
-  int64_t stride_x_row;       // in elements
-  int64_t stride_weight_row;  // in elements
-  Dtype dtype;
-};
-
-// out = round(sum over slots of weights[slot] * w2[e] (silu(gate) * up)), (gate, up) = w13[e] x
-// and e = expert_ids[slot]; ids outside [0, experts) skip their slot. Last dimensions are
-// contiguous, strides are in elements.
-struct ExpertMlp {
-  const void* x;              // (tokens, hidden)
-  const void* w13;            // (experts, 2 * ffn_dim, hidden), gate rows first, dtype of x
-  const void* w2;             // (experts, hidden, ffn_dim), dtype of x
-  const float* weights;       // (tokens, top_k)
-  const int32_t* expert_ids;  // (tokens, top_k)
-  void* out;                  // (tokens, hidden), contiguous
-  int64_t tokens;             // 0 is a no-op
-  int64_t hidden;
-  int64_t ffn_dim;
-  int64_t experts;
-  int64_t top_k;  // 1 to 256
-  int64_t stride_x_token;
-  int64_t stride_w13_expert;
-  int64_t stride_w13_row;
-  int64_t stride_w2_expert;
-  int64_t stride_w2_row;
-  int64_t stride_weights_token;
-  int64_t stride_ids_token;
-  Dtype dtype;
-};
-
-// One of the two cache tensors of a layer, (pages, page_size, kv_heads, head_dim) with any memory
-// order; the last dimension is contiguous. Strides in elements.
-struct Pages {
-  void* data;
-  int64_t stride_page;
-  int64_t stride_row;
-  int64_t stride_head;
-  const float* scale;    // of a quantised cache, else null
-  int64_t stride_scale;  // 0: one scale for all heads, 1: one a head
-};
-
-// The rolling cache of a layer: position p of sequence b lives in slot p % capacity, where
-// capacity is pages_per_seq * page_size, on page block_table[b][slot / page_size].
-struct Ring {
-  Pages k;
-  Pages v;
-  const int32_t* block_table;  // (batch, pages_per_seq); null: there is no cache
-  int64_t stride_table;        // in elements
-  int64_t pages_per_seq;
-  int64_t page_size;
-  Dtype dtype;  // of both caches
-};
-
-// A tensor (tokens, heads, head_dim), last dimension contiguous. Strides in elements.
-struct HeadRows {
-  const void* data;  // null: absent
-  int64_t stride_token;
-  int64_t stride_head;
-};
-
 // Row i of sequence b goes to position context_lens[b] + i - cu_seqlens[b] of the ring; rows of a
 // negative position, and those that later rows of the call overwrite, are not written.
 struct StoreKv {
@@ -156,6 +95,28 @@ struct StoreKv {
   int64_t kv_heads;
   int64_t head_dim;
   Dtype dtype;
+};
+
+// softmax(q k^T * scale) v of packed, ragged sequences; their keys are the ring's and the new ones.
+struct PrefillAttention {
+  HeadRows q;  // (tokens, q_heads, head_dim), dtype
+  HeadRows k;  // (tokens, kv_heads, head_dim), dtype; null as v is: already in the ring
+  HeadRows v;
+  void* out;                    // (tokens, q_heads, head_dim), contiguous
+  float* lse;                   // (tokens, q_heads), contiguous
+  const int32_t* cu_seqlens;    // (batch + 1,)
+  const int32_t* context_lens;  // (batch,), tokens in the ring before these; null: 0
+  const int32_t* starts;        // (batch,), first position that may be seen; null: 0
+  int64_t batch;
+  int64_t tokens;  // 0 is a no-op
+  int64_t q_heads;
+  int64_t kv_heads;
+  int64_t head_dim;
+  int64_t window;  // 0: all keys
+  bool causal;
+  float scale;
+  Dtype dtype;  // of q, k, v and out
+  Ring ring;
 };
 
 // One new token a sequence: rotates q and k, writes k and v to the ring, attends over the newest
@@ -184,34 +145,65 @@ struct DecodeAttention {
   Dtype dtype;
 };
 
-// softmax(q k^T * scale) v of packed, ragged sequences; their keys are the ring's and the new
-// ones.
-// softmax(q k^T * scale) v of packed, ragged sequences; their keys are the ring's and the new ones.
-struct PrefillAttention {
-  const void* q;  // (tokens, q_heads, head_dim), last dimension contiguous
-  const void* k;  // (tokens, kv_heads, head_dim), likewise; null as v is: already in the ring
-  const void* v;
-  void* out;                    // (tokens, q_heads, head_dim), contiguous
-  float* lse;                   // (tokens, q_heads), contiguous
-  const int32_t* cu_seqlens;    // (batch + 1,)
-  const int32_t* context_lens;  // (batch,), tokens in the ring before these; null: 0
-  const int32_t* starts;        // (batch,), first position that may be seen; null: 0
-  int64_t batch;
-  int64_t tokens;  // 0 is a no-op
-  int64_t q_heads;
-  int64_t kv_heads;
-  int64_t head_dim;
-  int64_t stride_q_token;  // in elements, as all strides
-  int64_t stride_q_head;
-  int64_t stride_k_token;
-  int64_t stride_k_head;
-  int64_t stride_v_token;
-  int64_t stride_v_head;
-  int64_t window;  // 0: all keys
-  bool causal;
-  float scale;
-  Dtype dtype;  // of q, k, v and out
-  Ring ring;
+// The top_k largest logits of each row, lowest index first among equals, and their softmax.
+struct RouteExperts {
+  const void* logits;        // (tokens, experts), last dimension contiguous
+  const int32_t* positions;  // (tokens,), contiguous: negative is idle; null: no row is
+  float* weights;            // (tokens, top_k), contiguous; 0 in idle rows
+  int32_t* expert_ids;       // (tokens, top_k), contiguous; -1 in idle rows
+  int64_t tokens;            // 0 is a no-op
+  int64_t experts;
+  int64_t top_k;         // 1 <= top_k <= experts
+  int64_t stride_token;  // of logits, in elements
+  Dtype dtype;
+};
+
+// out = round(sum over slots of weights[slot] * w2[e] (silu(gate) * up)), (gate, up) = w13[e] x
+// and e = expert_ids[slot]; ids outside [0, experts) skip their slot. Last dimensions are
+// contiguous, strides are in elements.
+struct ExpertMlp {
+  const void* x;              // (tokens, hidden)
+  const void* w13;            // (experts, 2 * ffn_dim, hidden), gate rows first, dtype of x
+  const void* w2;             // (experts, hidden, ffn_dim), dtype of x
+  const float* weights;       // (tokens, top_k)
+  const int32_t* expert_ids;  // (tokens, top_k)
+  void* out;                  // (tokens, hidden), contiguous
+  int64_t tokens;             // 0 is a no-op
+  int64_t hidden;
+  int64_t ffn_dim;
+  int64_t experts;
+  int64_t top_k;  // 1 to 256
+  int64_t stride_x_token;
+  int64_t stride_w13_expert;
+  int64_t stride_w13_row;
+  int64_t stride_w2_expert;
+  int64_t stride_w2_row;
+  int64_t stride_weights_token;
+  int64_t stride_ids_token;
+  Dtype dtype;
+};
+
+// out = round(silu(gate) * up)
+struct SiluMul {
+  const void* gate_up;  // (tokens, 2 * ffn_dim), gate first, last dimension contiguous
+  void* out;            // (tokens, ffn_dim), contiguous
+  int64_t tokens;       // 0 is a no-op
+  int64_t ffn_dim;
+  int64_t stride_token;  // of gate_up, in elements
+  Dtype dtype;
+};
+
+// out[row][o] = round(sum over i of x[row][i] * weight[o][i]).
+struct Linear {
+  const void* x;       // (rows, in_dim), last dimension contiguous
+  const void* weight;  // (out_dim, in_dim), last dimension contiguous, dtype of x
+  void* out;           // (rows, out_dim), contiguous
+  int64_t rows;        // 0 is a no-op
+  int64_t in_dim;
+  int64_t out_dim;
+  int64_t stride_x_row;       // in elements
+  int64_t stride_weight_row;  // in elements
+  Dtype dtype;
 };
 
 // Each file of csrc/cpu is compiled once for each of these instruction sets (setup.py), oldest

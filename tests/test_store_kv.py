@@ -8,10 +8,12 @@ import shapes
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_only import torch_ops_of
 from tolerance import assert_same
 from whole_graph import whole_graph
 
 from mistral_kernels import ops
+from mistral_kernels.ops import dispatch
 
 OP = "store_kv_"
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
@@ -158,6 +160,35 @@ def test_compiled(backend, device):
     whole_graph(store)(k, v, got.arguments())
     store(k, v, expected.arguments())
     check(got, expected)
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["float", "int8"])
+def test_no_torch_op_computes(quantised):
+    if reason := dispatch.unavailable("cpu"):
+        pytest.skip(reason)
+    k, v, *packing = packed(WRAPS)
+    scale = torch.ones(1) if quantised else None
+    kind = {"dtype": torch.int8, "k_scale": scale, "v_scale": scale} if quantised else {}
+    cache, _ = prepared(WRAPS, **kind)
+    inputs = (k, v, cache.k_cache, cache.v_cache, cache.block_table, *packing, scale, scale)
+    assert torch_ops_of(dispatch.OPS[OP]["cpu"].run, *inputs) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(dtype):
+    chunk = shapes.Chunk("long", (6, 0, 90), (400, 3, 700), None, 64, 8)
+    k, v, *packing = packed(chunk, dtype=dtype, head_dim=40)
+    empty, expected = prepared(chunk, dtype=dtype, head_dim=40)
+    write_in_order(expected, k, v, *packing)
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            got = empty.copy()
+            ops.store_kv_(k, v, **got.arguments(), **named(packing))
+            check(got, expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 K, V, *PACKING = packed(WRAPS)

@@ -2,8 +2,9 @@
 //
 // A sequence reads its visible keys and values once, 2 * window * kv_heads * head_dim * itemsize
 // bytes, and does 4 * window * q_heads * head_dim operations: with 4 heads a group, 2 operations a
-// byte of an fp32 cache and 4 of a bf16 one. Two AVX-512 cores that read 15 GB/s each can do 5 a
-// byte or more, so memory is the limit as long as a key is fetched once for all heads of its group.
+// byte of an fp32 cache and 4 of a bf16 one. An AVX-512 core that reads 10 GB/s and does 50 to 100
+// GFLOP/s is bound by memory in fp32, and near the balance in bf16. Rows are prefetched: the
+// hardware's own prefetchers lose track of so many short rows in turn.
 //
 // One unit of work is a split: the keys of 256 consecutive positions, aligned to multiples of 256,
 // of one sequence and kv head. Splits are worked in any order and merged in the order of their
@@ -15,6 +16,7 @@
 #include "cpu/buffer.h"
 #include "cpu/dispatch.h"
 #include "cpu/ring.h"
+#include "cpu/rotate.h"
 #include "launchers.h"
 
 namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH {
@@ -25,7 +27,7 @@ constexpr int64_t kTile = 32;                     // keys that go round the head
 constexpr int kHeads = kRegisters == 32 ? 4 : 2;  // heads of a group in registers
 constexpr int kKeys = kLanes / kHeads;            // so that one sum_each ends all dot products
 constexpr int kVectors = 4;                       // of a value row in registers
-constexpr int64_t kAhead = 16;
+constexpr int64_t kAhead = 16;  // keys between a row in use and the one being fetched
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Sizes of the arrays of one kv head, padded so that loops see whole vectors and blocks of heads.
@@ -55,9 +57,9 @@ struct Partial {
 
 // What one thread works with.
 struct Scratch {
-  float* q;       // (group, width), rotated, times all factors of the scores
+  float* q;       // (group / kHeads, width / kLanes, kHeads, kLanes), times all factors
   float* scores;  // (group, kSplit), then the weights
-  float* row;     // (width,), the rotated key
+  float* row;     // (width,), one rotated query or key
 
   Scratch(float* data, const Layout& layout)
       : q(data), scores(q + layout.group * layout.width), row(scores + layout.group * kSplit) {}
@@ -82,40 +84,36 @@ struct Span {
 
 // ---- The new token.
 
-// Writes x, turned by the angles of its position, to `to`.
+// Writes x to `to`, turned by the angles of its position unless it is already.
 template <typename T, typename To>
-void rotate(const DecodeAttention& args, int64_t position, const T* x, To* to) {
-  if (args.cos == nullptr) {
-    for (int64_t i = 0; i < args.head_dim; ++i) to[i] = from_float<To>(to_float(x[i]));
-    return;
-  }
-  const float* cos = args.cos + position * args.stride_cos;
-  const float* sin = args.sin + position * args.stride_sin;
-  const int64_t half = args.head_dim / 2;
-  const int64_t step = args.interleaved ? 2 : 1;  // between pairs
-  const int64_t other = args.interleaved ? 1 : half;
-  for (int64_t i = 0; i < half; ++i) {
-    const float a = to_float(x[i * step]);
-    const float b = to_float(x[i * step + other]);
-    to[i * step] = from_float<To>(a * cos[i] - b * sin[i]);
-    to[i * step + other] = from_float<To>(b * cos[i] + a * sin[i]);
+void rotate_new(const DecodeAttention& args, int64_t position, const T* x, To* to) {
+  if (args.cos != nullptr) {
+    rotate(x, to, args.cos + position * args.stride_cos, args.sin + position * args.stride_sin,
+           args.head_dim, args.interleaved, 1.0f);
+  } else {
+    for_vectors(args.head_dim,
+                [&](int64_t i, int64_t count) { store(to + i, load(x + i, count), count); });
   }
 }
 
-// The group's queries in float. The rows and columns that pad them are 0.
+// The group's queries in float, vectors of kHeads heads side by side as score_keys reads them. What
+// pads heads and rows is 0.
 template <typename T>
 void prepare_queries(const DecodeAttention& args, const Layout& layout, int64_t sequence,
-                     int64_t head, float* q) {
+                     int64_t head, const Scratch& scratch) {
   const int64_t position = args.positions[sequence];
   const int64_t group = args.q_heads / args.kv_heads;
   float factor = args.scale * kLog2E * scale_of(args.ring.k, head);
   if (args.q_scale != nullptr) factor *= args.q_scale[position];
-  std::memset(q, 0, layout.group * layout.width * sizeof(float));
+  std::memset(scratch.q, 0, layout.group * layout.width * sizeof(float));
   for (int64_t g = 0; g < group; ++g) {
-    const T* row = static_cast<const T*>(args.q.data) + sequence * args.q.stride_token +
-                   (head * group + g) * args.q.stride_head;
-    rotate(args, position, row, q + g * layout.width);
-    for (int64_t i = 0; i < args.head_dim; ++i) q[g * layout.width + i] *= factor;
+    const T* from = static_cast<const T*>(args.q.data) + sequence * args.q.stride_token +
+                    (head * group + g) * args.q.stride_head;
+    rotate_new(args, position, from, scratch.row);
+    float* to = scratch.q + (g - g % kHeads) * layout.width + g % kHeads * kLanes;
+    for_vectors(args.head_dim, [&](int64_t i, int64_t count) {
+      store(to + i * kHeads, load(scratch.row + i, count) * factor);
+    });
   }
 }
 
@@ -137,36 +135,43 @@ void write_new(const DecodeAttention& args, int64_t sequence, int64_t head, floa
            head * rows.stride_head;
   };
   T* rotated = reinterpret_cast<T*>(scratch);
-  rotate(args, args.positions[sequence], row(args.k), rotated);
+  rotate_new(args, args.positions[sequence], row(args.k), rotated);
   write_new<T, Cache>(args, args.ring.k, sequence, head, rotated);
   write_new<T, Cache>(args, args.ring.v, sequence, head, row(args.v));
 }
 
 // ---- Attention over the keys of one split.
 
-// scores[head][key] = q[head] . rows[key] of kHeads heads and kKeys keys.
+// Fetches the cache line that begins at element `i` of a row, where one does.
 template <typename Cache>
-void score_keys(const float* q, int64_t width, const Cache* const* rows, int64_t head_dim,
-                float* scores) {
+inline void fetch(const Cache* row, int64_t i) {
+  if (i % static_cast<int64_t>(64 / sizeof(Cache)) == 0) __builtin_prefetch(row + i);
+}
+
+// scores[head][key] = q[head] . rows[key] of kHeads heads and kKeys keys. The loop keeps its sums
+// in registers only without a short load in it, which is a call: rows of whole vectors have their
+// own.
+template <bool kWhole, typename Cache>
+void score_keys(const float* q, const Cache* const* rows, int64_t head_dim, float* scores) {
   const Cache *from[kKeys], *ahead[kKeys];
   for (int key = 0; key < kKeys; ++key) {
     from[key] = rows[key];
     ahead[key] = rows[key + kAhead];
   }
+  if (head_dim < 1) __builtin_unreachable();  // else the sums would start in memory
   Floats sums[kLanes] = {};
-  int64_t i = 0;
-  do {
+  for (int64_t i = 0; i < head_dim; i += kLanes) {
     Floats keys[kKeys];
     for (int key = 0; key < kKeys; ++key) {
-      keys[key] = load(from[key] + i, head_dim - i);
-      __builtin_prefetch(ahead[key] + i);
+      const int64_t count = kWhole ? kLanes : head_dim - i;
+      keys[key] = load(from[key] + i, count);
+      fetch(ahead[key], i);
     }
     for (int head = 0; head < kHeads; ++head) {
-      const Floats query = load(q + head * width + i);
+      const Floats query = load(q + i * kHeads + head * kLanes);
       for (int key = 0; key < kKeys; ++key) sums[head * kKeys + key] += query * keys[key];
     }
-    i += kLanes;
-  } while (i < head_dim);
+  }
   const Floats products = sum_each(sums);
   for (int head = 0; head < kHeads; ++head) {
     for (int key = 0; key < kKeys; ++key) {
@@ -208,7 +213,7 @@ void add_values(const float* weights, const Cache* const* rows, int64_t keys, in
     const Cache* ahead = rows[key + kAhead] + first;
     for (int i = 0; i < kCount; ++i) {
       const Floats value = kCount == 1 ? load(row, count) : load(row + i * kLanes);
-      __builtin_prefetch(ahead + i * kLanes);
+      fetch(ahead, i * kLanes);
       for (int head = 0; head < kHeads; ++head) {
         sum[head][i] += weights[head * kSplit + key] * value;
       }
@@ -228,8 +233,13 @@ __attribute__((noinline)) void attend(const Layout& layout, int64_t head_dim, co
     const int64_t end = std::min(keys, tile + kTile);
     for (int64_t head = 0; head < layout.group; head += kHeads) {
       for (int64_t key = tile; key < end; key += kKeys) {
-        score_keys(scratch.q + head * layout.width, layout.width, k + key, head_dim,
-                   scratch.scores + head * kSplit + key);
+        const float* q = scratch.q + head * layout.width;
+        float* scores = scratch.scores + head * kSplit + key;
+        if (layout.width == head_dim) {
+          score_keys<true>(q, k + key, head_dim, scores);
+        } else {
+          score_keys<false>(q, k + key, head_dim, scores);
+        }
       }
     }
   }
@@ -283,7 +293,7 @@ void work_split(const DecodeAttention& args, const Layout& layout, int64_t seque
     std::fill(k + keys, v, k[keys - 1]);
     std::fill_n(v + keys, kAhead, v[keys - 1]);
   }
-  prepare_queries<T>(args, layout, sequence, head, scratch.q);
+  prepare_queries<T>(args, layout, sequence, head, scratch);
   attend(layout, args.head_dim, k, v, keys, scratch, partial);
 }
 

@@ -26,7 +26,7 @@ constexpr int kTilesAThread = 4;  // with fewer, splits are shared out instead o
 template <typename T>
 void load_queries_of(const PrefillAttention& args, const Tile& tile, int64_t stride,
                      const Workspace& work) {
-  const T* q = static_cast<const T*>(args.q);
+  const T* q = static_cast<const T*>(args.q.data);
   const float scale = args.scale * kLog2E;
   for_panels(tile, [&](int64_t first, int64_t width) {
     for (int64_t i = 0; i < width; ++i) {
@@ -36,7 +36,7 @@ void load_queries_of(const PrefillAttention& args, const Tile& tile, int64_t str
         // Rows behind the last one repeat it; nobody reads what they become.
         const int64_t row = std::min(begin + lane, tile.rows - 1);
         rows[lane] =
-            q + tile.token(row) * args.stride_q_token + tile.head(row) * args.stride_q_head;
+            q + tile.token(row) * args.q.stride_token + tile.head(row) * args.q.stride_head;
         const int64_t seen = tile.first_seen(args, row);
         work.first[first + i][lane] = static_cast<int32_t>(seen - tile.first_key);
         work.seen[first + i][lane] = std::max<int64_t>(0, tile.end_seen(args, row) - seen);
@@ -76,8 +76,7 @@ void widen(const T* from, int64_t stride, int64_t rows, int64_t head_dim, float 
 // Copies keys or values of positions first..end-1, from the ring and from the new tokens; false if
 // an element is NaN or infinite.
 bool load_keys(const PrefillAttention& args, const Tile& tile, const Pages& pages,
-               const void* fresh, int64_t stride_token, int64_t stride_head, int64_t first,
-               int64_t end, float* to, int64_t stride) {
+               const HeadRows& fresh, int64_t first, int64_t end, float* to, int64_t stride) {
   const Range& range = tile.range;
   Words top = {};
   if (first < range.ring_end) {
@@ -94,11 +93,11 @@ bool load_keys(const PrefillAttention& args, const Tile& tile, const Pages& page
   const int64_t begin = std::max(first, range.ring_end);
   if (begin < end) {
     with_dtype(args.dtype, [&](auto element) {
-      const auto* rows = static_cast<const decltype(element)*>(fresh) +
-                         (range.begin + begin - range.context) * stride_token +
-                         tile.kv_head * stride_head;
-      widen(rows, stride_token, end - begin, args.head_dim, 1.0f, to + (begin - first) * stride,
-            stride, top);
+      const auto* rows = static_cast<const decltype(element)*>(fresh.data) +
+                         (range.begin + begin - range.context) * fresh.stride_token +
+                         tile.kv_head * fresh.stride_head;
+      widen(rows, fresh.stride_token, end - begin, args.head_dim, 1.0f,
+            to + (begin - first) * stride, stride, top);
     });
   }
   bool finite = true;
@@ -131,10 +130,8 @@ void attend_split(const PrefillAttention& args, const Tile& tile, int64_t split,
   std::fill_n(state.values, tile.vectors() * stride, Floats{});
   for (int64_t block = first; block < end;) {
     const int64_t next = std::min(end, (block / kBlock + 1) * kBlock);
-    load_keys(args, tile, args.ring.k, args.k, args.stride_k_token, args.stride_k_head, block, next,
-              work.k, stride);
-    const bool finite = load_keys(args, tile, args.ring.v, args.v, args.stride_v_token,
-                                  args.stride_v_head, block, next, work.v, stride);
+    load_keys(args, tile, args.ring.k, args.k, block, next, work.k, stride);
+    const bool finite = load_keys(args, tile, args.ring.v, args.v, block, next, work.v, stride);
     for_panels(tile, [&](int64_t vector, int64_t width) {
       const int64_t top = vector * kLanes;
       const int64_t bottom = std::min(top + width * kLanes, tile.rows) - 1;

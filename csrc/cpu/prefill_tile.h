@@ -30,7 +30,7 @@ inline Range range_of(const PrefillAttention& args, int64_t sequence) {
   if (args.window > 0) range.low = std::max<int64_t>(0, range.context - args.window + 1);
   if (args.starts != nullptr) range.low = std::max<int64_t>(range.low, args.starts[sequence]);
   if (args.ring.block_table != nullptr) {
-    range.ring_end = args.k == nullptr ? range.total : range.context;
+    range.ring_end = args.k.data == nullptr ? range.total : range.context;
     // What a ring narrower than the window no longer holds is not attended.
     const int64_t capacity = args.ring.pages_per_seq * args.ring.page_size;
     range.low = std::max(range.low, range.ring_end - capacity);

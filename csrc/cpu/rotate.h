@@ -10,8 +10,8 @@ namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH {
 // Pair i has the angle of cos[i] and sin[i], i < head_dim / 2. It is (from[2i], from[2i + 1]) when
 // interleaved, else (from[i], from[i + head_dim / 2]). `to` may be `from`: every vector of pairs is
 // read before it is written.
-template <typename T>
-inline void rotate(const T* from, T* to, const float* cos, const float* sin, int64_t head_dim,
+template <typename T, typename To>
+inline void rotate(const T* from, To* to, const float* cos, const float* sin, int64_t head_dim,
                    bool interleaved, float scale) {
   const int64_t half = head_dim / 2;
   if (interleaved) {

@@ -46,10 +46,11 @@ inline Floats load(const float* from) {
   return value;
 }
 
-// 16- and 8-bit elements, zero-extended. GCC 12 splits __builtin_convertvector to 512 bits in two.
+// 16- and 8-bit elements, zero-extended. GCC 12 splits __builtin_convertvector to 512 bits in two,
+// and warns of an uninitialised variable in the intrinsics that have no mask (here: all lanes).
 inline Words load_words(const uint16_t* from) {
 #if defined(__AVX512F__)
-  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+  return (Words)_mm512_maskz_cvtepu16_epi32(-1, _mm256_loadu_si256((const __m256i*)from));
 #elif defined(__AVX2__)
   return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
 #else
@@ -59,7 +60,7 @@ inline Words load_words(const uint16_t* from) {
 
 inline Words load_words(const uint8_t* from) {
 #if defined(__AVX512F__)
-  return (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+  return (Words)_mm512_maskz_cvtepu8_epi32(-1, _mm_loadu_si128((const __m128i*)from));
 #elif defined(__AVX2__)
   return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
 #else
@@ -71,7 +72,7 @@ inline Floats load(const BFloat16* from) { return floats_of(load_words(&from->bi
 
 inline Floats load(const Float16* from) {
 #if defined(__AVX512F__)
-  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+  return (Floats)_mm512_maskz_cvtph_ps(-1, _mm256_loadu_si256((const __m256i*)from));
 #elif defined(__F16C__)
   return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 #else

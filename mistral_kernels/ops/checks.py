@@ -56,38 +56,44 @@ class Arguments:
         `dims` are names, or a number for a fixed size; a leading "..." stands for any dimensions.
         """
         self.is_tensor(name, value)
+        device, dtype, shape = value.device, value.dtype, value.shape  # each costs a call to torch
         if self.device is None:
-            self.device = value.device
+            self.device = device
         # No op has a forward-mode derivative; without this it would silently be zero.
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
             raise RuntimeError(
                 f"{self.op}: {name} carries a forward-mode tangent, which no op supports;"
                 " use reverse mode"
             )
-        if value.device != self.device:
-            raise ValueError(f"{self.op}: {name} must be on {self.device}, got {value.device}")
-        if value.dtype not in dtypes:
+        if device != self.device:
+            raise ValueError(f"{self.op}: {name} must be on {self.device}, got {device}")
+        if dtype not in dtypes:
             expected = " or ".join(str(dtype) for dtype in dtypes)
-            raise TypeError(f"{self.op}: {name} must be {expected}, got {value.dtype}")
-        named = dims[1:] if dims[0] == "..." else dims
-        shape = value.shape[value.dim() - len(named) :] if dims[0] == "..." else value.shape
-        fits = len(shape) == len(named) and all(
-            size == (dim if isinstance(dim, int) else self.sizes.get(dim, size))
-            for dim, size in zip(named, shape, strict=True)
-        )
-        if not fits:
+            raise TypeError(f"{self.op}: {name} must be {expected}, got {dtype}")
+        if not self._bind(dims, shape):
             raise ValueError(
-                f"{self.op}: {name} must have shape {self._describe(dims)},"
-                f" got {tuple(value.shape)}"
+                f"{self.op}: {name} must have shape {self._describe(dims)}, got {tuple(shape)}"
             )
-        for dim, size in zip(named, shape, strict=True):
-            if not isinstance(dim, int):
-                self.sizes.setdefault(dim, size)
-        if value.dim() > 0 and value.shape[-1] > 1 and value.stride(-1) != 1:
+        if shape and shape[-1] > 1 and value.stride(-1) != 1:
             raise ValueError(
                 f"{self.op}: {name} must have a contiguous last dimension,"
                 f" got strides {value.stride()}"
             )
+
+    def _bind(self, dims: Sequence[str], shape: torch.Size) -> bool:
+        """Gives the sizes of a shape to the names in `dims`: all or, where one differs, none."""
+        if dims[0] == "...":
+            dims = dims[1:]
+            shape = shape[len(shape) - len(dims) :]
+        if len(shape) != len(dims):
+            return False
+        sizes = self.sizes.copy()
+        # A plain loop: every tensor of every call of every op comes through here.
+        for dim, size in zip(dims, shape, strict=True):
+            if size != (dim if isinstance(dim, int) else sizes.setdefault(dim, size)):
+                return False
+        self.sizes = sizes
+        return True
 
     def is_tensor(self, name: str, value: Tensor) -> None:
         if not isinstance(value, Tensor):
@@ -151,12 +157,13 @@ class Arguments:
 
     def written(self, name: str, value: Tensor) -> None:
         """Checks a tensor that is written in place: no two elements may share memory."""
-        if any(
-            size > 1 and not step for size, step in zip(value.shape, value.stride(), strict=True)
+        steps = value.stride()
+        if 0 in steps and any(
+            size > 1 and not step for size, step in zip(value.shape, steps, strict=True)
         ):
             raise ValueError(
                 f"{self.op}: {name} must not be an expanded view, it is written in place;"
-                f" got strides {value.stride()}"
+                f" got strides {steps}"
             )
 
     def scale(self, scale: float | None, head_dim: int) -> float:

@@ -23,6 +23,7 @@ from mistral_kernels.ops.dispatch import (
 from mistral_kernels.ops.masked_attention import empty_outputs, masked_attention
 from mistral_kernels.ops.ring import (
     address,
+    all_pages_exist,
     check_cache,
     check_pages,
     head_rows,
@@ -134,6 +135,8 @@ def _check_values(
 ):
     if cos is not None:
         check_rope_positions("decode_attention", positions, cos)
+    if all_pages_exist(block_table, k_cache):
+        return
     capacity = block_table.shape[1] * k_cache.shape[1]
     for b, position in enumerate(positions.tolist()):
         if position < 0:

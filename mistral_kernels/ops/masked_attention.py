@@ -26,7 +26,8 @@ def visible_keys(
 
 def empty_outputs(q: Tensor, *_) -> tuple[Tensor, Tensor]:
     """Uninitialised out (rows, q_heads, head_dim) in q's dtype and lse (rows, q_heads) float32."""
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    rows, q_heads, head_dim = q.shape  # torch reads plain ints faster than a Size
+    return q.new_empty(rows, q_heads, head_dim), q.new_empty(rows, q_heads, dtype=torch.float32)
 
 
 def attention_probabilities(

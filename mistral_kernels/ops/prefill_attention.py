@@ -30,9 +30,12 @@ from mistral_kernels.ops.masked_attention import (
 )
 from mistral_kernels.ops.ring import (
     NO_RING,
+    address,
+    all_pages_exist,
     check_cache,
     check_pages,
     check_ragged,
+    head_rows,
     read_ring,
     ring_fields,
     ring_slots,
@@ -159,22 +162,19 @@ def _prefill_attention_cpu(
     if k_cache is not None:
         ring = ring_fields(k_cache, v_cache, block_table, k_scale, v_scale)
     native_extension().prefill_attention_cpu(
-        q.data_ptr(),
-        0 if k is None else k.data_ptr(),
-        0 if v is None else v.data_ptr(),
+        head_rows(q),
+        head_rows(k),
+        head_rows(v),
         out.data_ptr(),
         lse.data_ptr(),
         cu_seqlens.data_ptr(),
-        0 if context_lens is None else context_lens.data_ptr(),
-        0 if starts is None else starts.data_ptr(),
+        address(context_lens),
+        address(starts),
         len(cu_seqlens) - 1,
         q.shape[0],
         q.shape[1],
         (k_cache if k is None else k).shape[-2],
         q.shape[2],
-        *q.stride()[:2],
-        *((0, 0) if k is None else k.stride()[:2]),
-        *((0, 0) if v is None else v.stride()[:2]),
         window or 0,
         causal,
         scale,
@@ -198,6 +198,7 @@ def _check_values(
     if k_cache is None:
         return
     capacity = block_table.shape[1] * k_cache.shape[1]
+    pages_exist = all_pages_exist(block_table, k_cache)
     for b, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
         low, context, total = _key_range(
             b, end - begin, k, k_cache, block_table, context_lens, starts, window
@@ -210,6 +211,8 @@ def _check_values(
                 f" {end - begin - 1} tokens, for sequence {b}: its capacity is {capacity} and its"
                 f" first row sees back to position {first}, which was overwritten"
             )
+        if pages_exist:
+            continue
         slots = ring_slots(torch.arange(low, max(low, total if k is None else context)), capacity)
         check_pages("prefill_attention", block_table, torch.full_like(slots, b), slots, k_cache)
 

@@ -164,6 +164,17 @@ def check_cache(
             check.tensor(name, scale, (size,), (torch.float32,))
 
 
+def all_pages_exist(block_table: Tensor, cache: Tensor) -> bool:
+    """Whether every table entry, in use or not, is a page (reads data: CPU tensors only).
+
+    It spares an op the exact check, which costs far more: see `check_pages`.
+    """
+    if not block_table.numel():
+        return True
+    least, largest = block_table.aminmax()
+    return int(least) >= 0 and int(largest) < cache.shape[0]
+
+
 def check_pages(op: str, block_table: Tensor, sequences: Tensor, slots: Tensor, cache: Tensor):
     """Refuses table entries outside the cache, for slots in use (reads data: CPU tensors only)."""
     pages = block_table[sequences, slots // cache.shape[1]]
