@@ -9,13 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mistral_kernels import ops
 from mistral_kernels.model.cache import LayerCache
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.rope_tables import RopeTables
 from mistral_kernels.model.step import DecodeRows, PrefillRows, Step
+from mistral_kernels.ops.dispatch import BoundOp
 
-Backends = dict[str, str]  # op -> the backend that serves it; one dict shared by a whole model
+# op -> the op on the backend that serves it; one dict, shared by a whole model. The model's own
+# arguments fit, so a step does not check them op by op.
+Kernels = dict[str, BoundOp]
+
+BATCH_INVARIANT = False
+NOT_QUANTISED = (None, None)  # k_scale, v_scale
 
 
 def parameter(*shape: int, **place) -> nn.Parameter:
@@ -27,10 +32,11 @@ def parameter(*shape: int, **place) -> nn.Parameter:
 class Attention(nn.Module):
     """Grouped-query attention over one layer's window."""
 
-    def __init__(self, config: ModelConfig, window: int | None, backends: Backends, **place):
+    def __init__(self, config: ModelConfig, window: int | None, kernels: Kernels, **place):
         super().__init__()
-        self.config, self.window, self.backends = config, window, backends
+        self.config, self.window, self.kernels = config, window, kernels
         self.heads = (config.q_heads, config.kv_heads, config.kv_heads)
+        self.scale = config.head_dim**-0.5
         q_size = config.q_heads * config.head_dim
         self.wqkv = parameter(sum(self.heads) * config.head_dim, config.hidden, **place)
         self.wo = parameter(config.hidden, q_size, **place)
@@ -38,8 +44,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, step: Step, tables: RopeTables, layer_cache: LayerCache | None
     ) -> Tensor:
-        linear = self.backends["linear"]
-        qkv = ops.linear(x, self.wqkv, backend=linear)  # (T, (Q + 2K) * D)
+        linear = self.kernels["linear"]
+        qkv = linear(x, self.wqkv, BATCH_INVARIANT)  # (T, (Q + 2K) * D)
         qkv = qkv.view(len(x), sum(self.heads), self.config.head_dim)
         q, k, v = qkv.split(self.heads, 1)  # (T, Q, D), (T, K, D), (T, K, D)
         parts = [
@@ -53,7 +59,7 @@ class Attention(nn.Module):
             out = q.new_empty(q.shape)
             for rows, rows_out in parts:
                 out[rows] = rows_out
-        return ops.linear(out.flatten(1), self.wo, backend=linear)
+        return linear(out.flatten(1), self.wo, BATCH_INVARIANT)
 
     def _decode(
         self,
@@ -64,7 +70,7 @@ class Attention(nn.Module):
         tables: RopeTables,
         layer_cache: LayerCache,
     ) -> Tensor:
-        out, _ = ops.decode_attention(
+        out, _ = self.kernels["decode_attention"](
             q,
             k,
             v,
@@ -74,11 +80,14 @@ class Attention(nn.Module):
             part.positions,
             tables.cos,
             tables.sin,
-            interleaved=self.config.interleaved,
-            window=self.window,
-            starts=part.starts,
-            q_scale=tables.q_scale,
-            backend=self.backends["decode_attention"],
+            self.config.interleaved,
+            self.window,
+            part.starts,
+            tables.q_scale,
+            self.scale,
+            *NOT_QUANTISED,
+            None,  # workspace
+            BATCH_INVARIANT,
         )
         return out
 
@@ -91,98 +100,90 @@ class Attention(nn.Module):
         tables: RopeTables,
         layer_cache: LayerCache | None,
     ) -> Tensor:
-        ops.rope_(
+        self.kernels["rope_"](
             q,
             k,
             tables.cos,
             tables.sin,
             part.positions,
-            interleaved=self.config.interleaved,
-            q_scale=tables.q_scale,
-            backend=self.backends["rope_"],
+            self.config.interleaved,
+            tables.q_scale,
         )
-        attention = self.backends["prefill_attention"]
-        if layer_cache is None:
-            return ops.prefill_attention(
-                q, k, v, part.cu_seqlens, window=self.window, backend=attention
-            )[0]
-        ring = (layer_cache.k, layer_cache.v, layer_cache.block_table[part.sequences])
-        out, _ = ops.prefill_attention(
+        ring = (None, None, None)
+        context_lens = starts = None
+        if layer_cache is not None:
+            ring = (layer_cache.k, layer_cache.v, layer_cache.block_table[part.sequences])
+            context_lens, starts = part.context_lens, part.starts
+        out, _ = self.kernels["prefill_attention"](
             q,
             k,
             v,
             part.cu_seqlens,
-            k_cache=ring[0],
-            v_cache=ring[1],
-            block_table=ring[2],
-            context_lens=part.context_lens,
-            starts=part.starts,
-            window=self.window,
-            backend=attention,
+            *ring,
+            context_lens,
+            starts,
+            self.window,
+            True,  # causal
+            self.scale,
+            *NOT_QUANTISED,
+            BATCH_INVARIANT,
         )
-        # After attending: these keys overwrite some that the chunk's early rows had to see.
-        ops.store_kv_(
-            k, v, *ring, part.cu_seqlens, part.context_lens, backend=self.backends["store_kv_"]
-        )
+        if layer_cache is not None:
+            # After attending: these keys overwrite some that the chunk's early rows had to see.
+            self.kernels["store_kv_"](k, v, *ring, part.cu_seqlens, context_lens, *NOT_QUANTISED)
         return out
 
 
 class FeedForward(nn.Module):
     """w2 (silu(w1 x) * w3 x); w13 holds w1's rows, then w3's."""
 
-    def __init__(self, config: ModelConfig, backends: Backends, **place):
+    def __init__(self, config: ModelConfig, kernels: Kernels, **place):
         super().__init__()
-        self.backends = backends
+        self.kernels = kernels
         self.w13 = parameter(2 * config.ffn_dim, config.hidden, **place)
         self.w2 = parameter(config.hidden, config.ffn_dim, **place)
 
     def forward(self, x: Tensor) -> Tensor:
-        linear = self.backends["linear"]
-        gate_up = ops.linear(x, self.w13, backend=linear)  # (T, 2F)
-        return ops.linear(
-            ops.silu_mul(gate_up, backend=self.backends["silu_mul"]), self.w2, backend=linear
-        )
+        linear = self.kernels["linear"]
+        gate_up = linear(x, self.w13, BATCH_INVARIANT)  # (T, 2F)
+        return linear(self.kernels["silu_mul"](gate_up), self.w2, BATCH_INVARIANT)
 
 
 class MixtureOfExperts(nn.Module):
     """The router's top_k experts of each token, weighted and summed."""
 
-    def __init__(self, config: ModelConfig, backends: Backends, **place):
+    def __init__(self, config: ModelConfig, kernels: Kernels, **place):
         super().__init__()
-        self.backends, self.top_k = backends, config.top_k
+        self.kernels, self.top_k = kernels, config.top_k
         self.gate = parameter(config.experts, config.hidden, **place)
         self.w13 = parameter(config.experts, 2 * config.ffn_dim, config.hidden, **place)
         self.w2 = parameter(config.experts, config.hidden, config.ffn_dim, **place)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = ops.linear(x, self.gate, backend=self.backends["linear"])  # (T, E)
-        weights, expert_ids = ops.route_experts(
-            logits, self.top_k, backend=self.backends["route_experts"]
-        )
-        return ops.expert_mlp(
-            x, self.w13, self.w2, weights, expert_ids, backend=self.backends["expert_mlp"]
+        logits = self.kernels["linear"](x, self.gate, BATCH_INVARIANT)  # (T, E)
+        weights, expert_ids = self.kernels["route_experts"](logits, self.top_k, None)
+        return self.kernels["expert_mlp"](
+            x, self.w13, self.w2, weights, expert_ids, BATCH_INVARIANT
         )
 
 
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: ModelConfig, window: int | None, backends: Backends, **place):
+    def __init__(self, config: ModelConfig, window: int | None, kernels: Kernels, **place):
         super().__init__()
-        self.eps, self.backends = config.norm_eps, backends
+        self.eps, self.kernels = config.norm_eps, kernels
         self.attention_norm = parameter(config.hidden, **place)
-        self.attention = Attention(config, window, backends, **place)
+        self.attention = Attention(config, window, kernels, **place)
         self.ffn_norm = parameter(config.hidden, **place)
         feed_forward = MixtureOfExperts if config.experts else FeedForward
-        self.feed_forward = feed_forward(config, backends, **place)
+        self.feed_forward = feed_forward(config, kernels, **place)
 
     def forward(
         self, x: Tensor, step: Step, tables: RopeTables, layer_cache: LayerCache | None = None
     ) -> Tensor:
         """x (T, H) -> (T, H)."""
-        normed = ops.rms_norm(x, self.attention_norm, self.eps, backend=self.backends["rms_norm"])
+        normed = self.kernels["rms_norm"](x, self.attention_norm, self.eps)
         attended = self.attention(normed, step, tables, layer_cache)
-        normed, x = ops.add_rms_norm(
-            attended, x, self.ffn_norm, self.eps, backend=self.backends["add_rms_norm"]
-        )
+        normed, x = self.kernels["add_rms_norm"](attended, x, self.ffn_norm, self.eps)
         return x + self.feed_forward(normed)

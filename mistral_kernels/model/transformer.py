@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mistral_kernels import ops
 from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import Layout, ModelConfig
-from mistral_kernels.model.layers import Block, parameter
+from mistral_kernels.model.layers import BATCH_INVARIANT, Block, Kernels, parameter
 from mistral_kernels.model.lora import merge_lora
 from mistral_kernels.model.rope_tables import RopeTables, rope_tables
 from mistral_kernels.model.step import plan_step
 from mistral_kernels.model.weights import Checkpoint
 from mistral_kernels.ops import dispatch
 from mistral_kernels.ops.checks import FLOATS, compute_dtype, is_int
+from mistral_kernels.ops.dispatch import BoundOp
 
 
 class Transformer(nn.Module):
@@ -64,7 +64,7 @@ class Transformer(nn.Module):
                 f"Transformer: device must be available, got {device} and no CUDA device"
             )
         self.config, self.max_batch_size = config, max_batch_size
-        self.backends: dict[str, str] = {}
+        self._kernels: Kernels = {}
         self._tables: RopeTables | None = None
         place = {
             "device": device,
@@ -72,7 +72,7 @@ class Transformer(nn.Module):
         }
         self.tok_embeddings = parameter(config.vocab, config.hidden, **place)
         self.layers = nn.ModuleList(
-            Block(config, window, self.backends, **place) for window in config.windows
+            Block(config, window, self._kernels, **place) for window in config.windows
         )
         self.norm = parameter(config.hidden, **place)
         if not config.tied_embeddings:
@@ -136,6 +136,11 @@ class Transformer(nn.Module):
         self.set_backend(self.backend)
         return self
 
+    @property
+    def backends(self) -> dict[str, str]:
+        """op -> the backend that serves it."""
+        return {op: kernel.backend for op, kernel in self._kernels.items()}
+
     def set_backend(self, backend: str) -> None:
         """Prefers `backend` from now on, and notes in `backends` what serves each op.
 
@@ -167,7 +172,8 @@ class Transformer(nn.Module):
             for op in ("rms_norm", "add_rms_norm", "linear", *attention, *feed_forward)
         }
         self.backend = backend
-        self.backends.update(chosen)  # in place: the blocks share this dict
+        # In place: the blocks share this dict.
+        self._kernels.update({op: BoundOp(op, name) for op, name in chosen.items()})
 
     def rope_tables(self, max_positions: int) -> RopeTables:
         """The rotary tables, grown if they are shorter than `max_positions`."""
@@ -265,9 +271,9 @@ class Transformer(nn.Module):
         return self._logits(x)
 
     def _logits(self, x: Tensor) -> Tensor:
-        normed = ops.rms_norm(x, self.norm, self.config.norm_eps, backend=self.backends["rms_norm"])
+        normed = self._kernels["rms_norm"](x, self.norm, self.config.norm_eps)
         weight = self.tok_embeddings if self.config.tied_embeddings else self.output
-        logits = ops.linear(normed, weight, backend=self.backends["linear"])
+        logits = self._kernels["linear"](normed, weight, BATCH_INVARIANT)
         return logits.to(compute_dtype(logits.dtype))
 
     def _check_inputs(self, input_ids, seqlens, cache) -> list[int]:
