@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mistral_kernels.model.cache import LayerCache
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.rope_tables import RopeTables
-from mistral_kernels.model.step import DecodeRows, PrefillRows, Step
+from mistral_kernels.model.step import ALL, DecodeRows, PrefillRows, Step
 from mistral_kernels.ops.dispatch import BoundOp
 
 # op -> the op on the backend that serves it; one dict, shared by a whole model. The model's own
@@ -48,17 +48,14 @@ class Attention(nn.Module):
         qkv = linear(x, self.wqkv, BATCH_INVARIANT)  # (T, (Q + 2K) * D)
         qkv = qkv.view(len(x), sum(self.heads), self.config.head_dim)
         q, k, v = qkv.split(self.heads, 1)  # (T, Q, D), (T, K, D), (T, K, D)
-        parts = [
-            (part.rows, attend(q[part.rows], k[part.rows], v[part.rows], part, tables, layer_cache))
-            for part, attend in ((step.decode, self._decode), (step.prefill, self._prefill))
-            if part is not None
-        ]
-        if len(parts) == 1:
-            out = parts[0][1]
+        if step.prefill is None and step.decode.rows is ALL:
+            out = self._decode(q, k, v, step.decode, tables, layer_cache)
         else:
             out = q.new_empty(q.shape)
-            for rows, rows_out in parts:
-                out[rows] = rows_out
+            for part, attend in ((step.decode, self._decode), (step.prefill, self._prefill)):
+                if part is not None:
+                    rows = (x[part.rows] for x in (q, k, v))
+                    out[part.rows] = attend(*rows, part, tables, layer_cache)
         return linear(out.flatten(1), self.wo, BATCH_INVARIANT)
 
     def _decode(

@@ -185,7 +185,7 @@ class BoundOp:
 
     def __call__(self, *inputs):
         watched = (
-            torch.compiler.is_compiling()
+            torch.compiler.is_dynamo_compiling()
             or not torch.is_inference_mode_enabled()
             or torch._C._len_torch_dispatch_stack()
             or torch.autograd._profiler_enabled()
