@@ -19,9 +19,12 @@ demo:
 	.venv/bin/mistral-kernels generate --prompt "whistle:"
 	.venv/bin/mistral-kernels verify
 
+# Every worker has a torch pool of its own, and threads beyond the cores spin against each other.
+WORKERS = -n auto --maxprocesses 4 --dist loadfile
+
 test:
-	$(RUN) -m pytest
-	TRITON_INTERPRET=1 $(RUN) -m pytest -m interpreter
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(WORKERS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest $(WORKERS) -m interpreter
 
 lint:
 	$(RUN) -m ruff check .

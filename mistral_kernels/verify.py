@@ -3,7 +3,8 @@
 The backends read two ragged sequences in chunks through the rolling cache and then token by token,
 so that every attention path of the model is taken. The other side is the reference without a cache,
 in float64, with one block at a time converted: a big model needs room for one such block, not for a
-second model. Limits are those of `mistral_kernels.tolerance`.
+second model. In a low precision it takes over the experts that the judged run chose, which
+`mistral_kernels.routing` judges apart. Limits are those of `mistral_kernels.tolerance`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mistral_kernels import Transformer, ops
 from mistral_kernels.model.rope_tables import rope_tables
 from mistral_kernels.model.step import plan_step
 from mistral_kernels.ops import dispatch
+from mistral_kernels.routing import Route, gap_limit, recorded, same_choices, widest_gap
 from mistral_kernels.tolerance import Error, error, fp32_limit, low_precision_limit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,6 +40,15 @@ class Run(NamedTuple):
 
     logits: Tensor  # (tokens, vocab)
     outputs: list[Tensor]  # of each layer, (tokens, hidden)
+    routes: list[Route]  # of each layer; empty in a dense model
+
+
+class Limits(NamedTuple):
+    """How far the parts of a run may lie from float64."""
+
+    logits: Error
+    outputs: list[Error]  # of each layer
+    gaps: list[float]  # of each layer's router, infinite in float32; empty in a dense model
 
 
 @dataclass(frozen=True)
@@ -48,8 +59,9 @@ class Row:
         backend: its name.
         result: "pass", "fail" or "not available".
         error, limit: of the logits, largest and mean; None if not available.
-        first_layer: where a miss begins: the first layer whose output diverges, "output" if only
-            the logits do, None without a miss.
+        first_layer: where a miss begins: the first layer whose output diverges or, in bf16 and
+            fp16, whose router chose a wrong expert; "output" if only the logits diverge, None
+            without a miss. A wrong expert is a miss even if `error` is within `limit`.
         reason: why it is not available, else None.
         ops: op -> the backend that served it; a backend that lacks an op leaves it to another.
     """
@@ -131,8 +143,11 @@ def verify(
     ]
     names = dispatch.BACKENDS if backend is None else dict.fromkeys(("reference", backend))
     with torch.inference_mode():
-        exact = run_exact(model, prompts)
-        peer = None if dtype == torch.float32 else run_whole(model, prompts)
+        if dtype == torch.float32:
+            peer, exact = None, run_exact(model, prompts)
+        else:
+            peer = run_whole(model, prompts)
+            exact = run_exact(model, prompts, peer.routes)
         rows = [verify_backend(model, name, prompts, steps, exact, peer) for name in names]
     return Report(
         folder=str(folder),
@@ -163,8 +178,11 @@ def plan_steps(windows: Sequence[int | None]) -> tuple[list[tuple[int, int]], in
     return chunks + [(1, 1)] * DECODE_STEPS, window if wraps else None
 
 
-def run_exact(model: Transformer, prompts: list[Tensor]) -> Run:
-    """Run the reference in float64 without a cache, converting one block at a time."""
+def run_exact(model: Transformer, prompts: list[Tensor], replay: Sequence[Route] = ()) -> Run:
+    """Run the reference in float64 without a cache, converting one block at a time.
+
+    With `replay`, the routes of another run's layers, tokens go to the experts that it chose.
+    """
     model.set_backend("reference")
     lengths = [len(prompt) for prompt in prompts]
     tables = rope_tables(model.config, max(lengths), model.device, torch.float64)
@@ -173,12 +191,13 @@ def run_exact(model: Transformer, prompts: list[Tensor]) -> Run:
     ids = torch.cat(prompts).to(model.device)
     x = nn.functional.embedding(ids, model.tok_embeddings).double()
     outputs = []
-    for layer in model.layers:
-        x = copy.deepcopy(layer).double()(x, step, tables)
-        outputs.append(x)
+    with recorded(model, replay) as routes:
+        for layer in model.layers:
+            x = copy.deepcopy(layer).double()(x, step, tables)
+            outputs.append(x)
     normed = ops.rms_norm(x, model.norm.double(), model.config.norm_eps, backend="reference")
     head = model.tok_embeddings if model.config.tied_embeddings else model.output
-    return Run(ops.linear(normed, head.double(), backend="reference"), outputs)
+    return Run(ops.linear(normed, head.double(), backend="reference"), outputs, routes)
 
 
 def run_whole(model: Transformer, prompts: list[Tensor]) -> Run:
@@ -197,7 +216,8 @@ def verify_backend(
 ) -> Row:
     """Run the prompts step by step with one backend and judge what comes out.
 
-    `peer` is the reference's run in a low precision, whose error sets the limit; None in float32.
+    `peer` is the reference's run in a low precision, whose error sets the limits; None in float32.
+    `exact` has then replayed the peer's choice of experts.
     """
     if reason := dispatch.unavailable(backend):
         return Row(backend, "not available", reason=reason)
@@ -207,14 +227,34 @@ def verify_backend(
         return Row(backend, "not available", reason=reason)
     cache = model.new_cache(len(prompts), max(map(len, prompts)))
     run = _run(model, prompts, steps, cache)
-    found, served = error(run.logits, exact.logits), dict(model.backends)
+    served = dict(model.backends)
+    limits = _fp32_limits(backend, exact) if peer is None else _low_precision_limits(peer, exact)
+    if peer is not None and not same_choices(run.routes, exact.routes):
+        exact = run_exact(model, prompts, run.routes)
+    found = error(run.logits, exact.logits)
+    first_layer = _first_miss(run, exact, limits)
+    result = "pass" if first_layer is None else "fail"
+    return Row(backend, result, found, limits.logits, first_layer, ops=served)
+
+
+def _fp32_limits(backend: str, exact: Run) -> Limits:
+    """The limit of the logits, for a layer's output scaled by its size and without a mean."""
     limit = fp32_limit(backend)
-    if peer is not None:
-        limit = low_precision_limit(error(peer.logits, exact.logits))
-    if found.within(limit):
-        return Row(backend, "pass", found, limit, ops=served)
-    first_layer = _first_divergence(run, exact, peer, limit)
-    return Row(backend, "fail", found, limit, first_layer, ops=served)
+    sizes = [max(1.0, expected.abs().max().item()) for expected in exact.outputs]
+    outputs = [Error(limit.max * size, math.inf) for size in sizes]
+    return Limits(limit, outputs, [math.inf] * len(exact.routes))
+
+
+def _low_precision_limits(peer: Run, exact: Run) -> Limits:
+    """The limits that torch's errors in that dtype set, at the same choice of experts."""
+    return Limits(
+        low_precision_limit(error(peer.logits, exact.logits)),
+        [
+            low_precision_limit(error(output, expected))
+            for output, expected in zip(peer.outputs, exact.outputs, strict=True)
+        ],
+        [gap_limit(*routes) for routes in zip(peer.routes, exact.routes, strict=True)],
+    )
 
 
 def _run(model: Transformer, prompts: list[Tensor], steps: Sequence[tuple], cache) -> Run:
@@ -222,7 +262,7 @@ def _run(model: Transformer, prompts: list[Tensor], steps: Sequence[tuple], cach
     at = [0, *accumulate(map(len, prompts[:-1]))]  # each sequence's next row in `ids`
     ids, rows = torch.cat(prompts), []
     logits, outputs = [], [[] for _ in model.layers]
-    with contextlib.ExitStack() as hooks:
+    with contextlib.ExitStack() as hooks, recorded(model) as calls:
         for layer, kept in zip(model.layers, outputs, strict=True):
             hook = layer.register_forward_hook(lambda _, args, out, kept=kept: kept.append(out))
             hooks.callback(hook.remove)
@@ -234,21 +274,28 @@ def _run(model: Transformer, prompts: list[Tensor], steps: Sequence[tuple], cach
             logits.append(model.forward(ids[fed], counts, cache))
             rows.append(fed)
     order = torch.cat(rows).argsort().to(model.device)
-    return Run(torch.cat(logits)[order], [torch.cat(kept)[order] for kept in outputs])
+    # A dense model has no routes; else each step calls the routers of all layers in turn.
+    of_layers = [calls[n :: len(outputs)] for n in range(len(outputs))] if calls else []
+    routes = [
+        Route(*(torch.cat(parts)[order] for parts in zip(*of_layer, strict=True)))
+        for of_layer in of_layers
+    ]
+    return Run(torch.cat(logits)[order], [torch.cat(kept)[order] for kept in outputs], routes)
 
 
-def _first_divergence(run: Run, exact: Run, peer: Run | None, limit: Error) -> str:
-    """Name the first layer whose output misses its limit, or "output" if only the logits do.
+def _first_miss(run: Run, exact: Run, limits: Limits) -> str | None:
+    """Name the first layer that misses its limits, or "output" if only the logits do.
 
-    In float32 the limit of the logits is scaled by the size of the layer's output.
+    Nothing is a miss, None, if the logits are within theirs and no router chose a wrong expert.
     """
+    misrouted = {
+        n
+        for n, (route, gap) in enumerate(zip(exact.routes, limits.gaps, strict=True))
+        if widest_gap(route) > gap
+    }
+    if error(run.logits, exact.logits).within(limits.logits) and not misrouted:
+        return None
     for n, (output, expected) in enumerate(zip(run.outputs, exact.outputs, strict=True)):
-        if peer is not None:
-            limit = low_precision_limit(error(peer.outputs[n], expected))
-            missed = not error(output, expected).within(limit)
-        else:
-            scale = max(1.0, expected.abs().max().item())
-            missed = not error(output, expected).max <= limit.max * scale
-        if missed:
+        if n in misrouted or not error(output, expected).within(limits.outputs[n]):
             return str(n)
     return "output"

@@ -1,6 +1,7 @@
 """Every benchmark runs on tiny shapes and agrees with its peers; its row says what was measured."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,15 @@ from benchmarks.memory import peak_bytes
 from benchmarks.timing import Work, check_agreement, summary
 
 ROOT = Path(__file__).resolve().parents[1]
+# Not those of a worker of pytest-xdist, in which pytest-benchmark measures nothing.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST_")}
 
 
 def run_benchmarks(*arguments: str) -> str:
     shown = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rA", "--sizes", "tiny", *arguments],
         cwd=ROOT,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )

@@ -13,6 +13,7 @@ from tiny_models import random_model, random_prompts
 from mistral_kernels import Transformer, ops
 from mistral_kernels.cli import TINY_MIXTRAL
 from mistral_kernels.ops import dispatch
+from mistral_kernels.ops.dispatch import BoundOp
 from mistral_kernels.tolerance import MAX_FLOOR, MAX_RATIO, MEAN_RATIO, error, fp32_limit
 from mistral_kernels.verify import (
     DECODE_STEPS,
@@ -51,14 +52,16 @@ def break_decode(monkeypatch):
     """Returns a function that gives the decode attention of one layer a wrong window."""
 
     def apply(broken_layer: int, window: int) -> None:
-        calls, decode_attention = itertools.count(), ops.decode_attention
+        calls, call = itertools.count(), BoundOp.__call__
+        schema = torch.ops.mistral_kernels.decode_attention.default._schema
+        at = [argument.name for argument in schema.arguments].index("window")
 
-        def wrong(*arguments, **options):
-            if next(calls) % LAYERS == broken_layer:
-                options["window"] = window
-            return decode_attention(*arguments, **options)
+        def wrong(op, *inputs):
+            if op.name == "decode_attention" and next(calls) % LAYERS == broken_layer:
+                inputs = (*inputs[:at], window, *inputs[at + 1 :])
+            return call(op, *inputs)
 
-        monkeypatch.setattr(ops, "decode_attention", wrong)
+        monkeypatch.setattr(BoundOp, "__call__", wrong)
 
     return apply
 
@@ -95,7 +98,8 @@ def test_low_precision_limit_comes_from_the_run_without_a_cache():
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(2048, (n,), generator=generator) for n in report.tokens]
     with torch.inference_mode():
-        exact, whole = run_exact(model, prompts), run_whole(model, prompts)
+        whole = run_whole(model, prompts)
+        exact = run_exact(model, prompts, whole.routes)
     peer, limit = error(whole.logits, exact.logits), report.rows[0].limit
     assert limit.max == pytest.approx(MAX_RATIO * peer.max + MAX_FLOOR)
     assert limit.mean == pytest.approx(MEAN_RATIO * peer.mean)
@@ -159,9 +163,31 @@ def test_a_wrong_window_fails_in_low_precision(break_decode):
         assert (rows[backend].result, rows[backend].first_layer) == ("fail", "1")
 
 
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_wrong_expert_fails_in_low_precision(monkeypatch, dtype, layer):
+    """Nothing but one token's choice is wrong: not the weights, not what the experts compute."""
+    calls, call = itertools.count(), BoundOp.__call__
+
+    def wrong(op, *inputs):
+        if op.name != "route_experts" or next(calls) % LAYERS != layer:
+            return call(op, *inputs)
+        logits, top_k, _ = inputs
+        expert_ids = call(op, *inputs)[1].clone()
+        expert_ids[-1] = logits[-1].argsort()[:top_k]
+        return logits.gather(1, expert_ids.long()).float().softmax(-1), expert_ids
+
+    monkeypatch.setattr(BoundOp, "__call__", wrong)
+    rows = rows_of(dtype=dtype)
+    for backend in AVAILABLE:
+        row = rows[backend]
+        assert (row.result, row.first_layer) == ("fail", str(layer))
+        assert row.error.within(row.limit), "only the choice tells"
+
+
 def test_a_wrong_weight_fails_in_its_layer(monkeypatch):
-    def spoil_after(model, prompts):
-        exact = run_exact(model, prompts)
+    def spoil_after(*arguments):
+        exact, model = run_exact(*arguments), arguments[0]
         model.layers[2].feed_forward.w2[0].mul_(1.01)
         return exact
 
