@@ -141,7 +141,7 @@ void dot_rows(const float* x, const WeightRows<typename Product::Element>& weigh
         for (; i + kLine <= stop; i += kLine) {
           // Past the end of these columns follow those of the next rows.
           const int64_t next = i + kAhead < end ? 0 : kStreams * weight.stride - (end - first);
-          for (int s = 0; s < kStreams; ++s) __builtin_prefetch(rows[s] + i + kAhead + next, 0, 0);
+          for (int s = 0; s < kStreams; ++s) __builtin_prefetch(rows[s] + i + kAhead + next);
 #pragma GCC unroll 8
           for (int k = 0; k < kLine; k += kStep) step(i + k, kStep);
         }
