@@ -15,6 +15,10 @@
 
 #include "launchers.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace py = pybind11;
 
 namespace mistral_kernels {
@@ -28,11 +32,19 @@ std::vector<std::string> built_instruction_sets() {
   return {MISTRAL_KERNELS_PATHS(MISTRAL_KERNELS_NAME, )};
 }
 
+#if defined(__x86_64__)
+// A name that not every compiler's __builtin_cpu_supports knows.
+bool runs_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 // Those of them that this machine runs.
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names = built_instruction_sets();
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && runs_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");

@@ -76,6 +76,12 @@ def test_unused_experts_and_skipped_slots_are_not_read(dtype, path):
     assert (expert_mlp(**call, backend="cpu") == 0).all()
 
 
+def test_without_experts_every_slot_is_skipped(dtype, path):
+    call = make_call(5, 16, 24, 1, 1, dtype=dtype)
+    call["w13"], call["w2"] = call["w13"][:0], call["w2"][:0]
+    assert not expert_mlp(**call, backend="cpu").any()
+
+
 def test_a_nan_stays_in_its_token(dtype, path):
     call = make_call(12, 32, 48, 4, 2, dtype=dtype)
     call["expert_ids"][5, 0] = -1  # its empty slot must not pick up another token's NaN

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-namespace mistral_kernels::cpu {
+namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH {
 
 // Storage types: the bits of one element.
 struct BFloat16 {
@@ -97,4 +97,4 @@ inline Float8 from_float<Float8>(float value) {
   return {static_cast<uint8_t>(sign | (value == value ? finite : 0x7fu))};
 }
 
-}  // namespace mistral_kernels::cpu
+}  // namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH

@@ -1,8 +1,8 @@
 // linear on the CPU, for few rows or for rows whose bits must not depend on their number.
 //
 // The weight is read from memory once for each kRowsAtOnce rows: out * in * itemsize bytes, and
-// 2 * rows * out * in operations. At 31 GB/s and 2 * 100 GFLOP/s memory is the limit up to 8 rows
-// of bf16 and 24 rows of fp32.
+// 2 * rows * out * in operations. At 31 GB/s and 2 * 100 GFLOP/s memory is the limit up to 6 rows
+// of bf16 and 12 rows of fp32.
 #include "cpu/dispatch.h"
 #include "cpu/dot.h"
 #include "launchers.h"

@@ -210,7 +210,7 @@ Plan plan_of(const PrefillAttention& args, int threads) {
     rows = std::max(rows, tokens * args.q_heads / args.kv_heads);
   }
   Plan plan = {};
-  plan.tiles = args.tokens == 0 ? 0 : first_tile(args, args.batch);
+  plan.tiles = args.tokens * args.q_heads == 0 ? 0 : first_tile(args, args.batch);
   plan.items = plan.tiles * args.kv_heads;
   plan.splits = keys / kSplit + 2;
   plan.sizes = {std::min<int64_t>((rows + kLanes - 1) / kLanes, kTileVectors),

@@ -73,7 +73,7 @@ inline Floats load(const BFloat16* from) { return floats_of(load_words(&from->bi
 inline Floats load(const Float16* from) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_maskz_cvtph_ps(-1, _mm256_loadu_si256((const __m256i*)from));
-#elif defined(__F16C__)
+#elif defined(__AVX2__)
   return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 #else
   return Floats{to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3])};
@@ -110,7 +110,7 @@ inline void store(BFloat16* to, Floats value) {
 inline void store(Float16* to, Floats value) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
+#elif defined(__AVX2__)
   _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kLanes; ++i) to[i] = from_float<Float16>(value[i]);

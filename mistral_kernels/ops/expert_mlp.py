@@ -35,8 +35,6 @@ from mistral_kernels.ops.linear import few_rows, linear_reference
 from mistral_kernels.ops.silu_mul import silu_mul, silu_mul_backward, silu_mul_reference
 
 WORKSPACE_BYTES = 256 << 20  # many tokens are worked in chunks that need no more than this
-
-
 MAX_TOP_K = 256  # kMaxPairs of csrc/cpu/expert_mlp.cpp
 
 
@@ -111,7 +109,7 @@ def _sorted_by_expert(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, exper
     down = x.new_empty(sum(counts) + 1, x.shape[1])
     down[-1] = 0
     rows = x.index_select(0, order[: len(order) - skipped] // top_k)
-    gate_up = x.new_empty(max(counts), w13.shape[1])
+    gate_up = x.new_empty(max(counts, default=0), w13.shape[1])
     first = 0
     for expert, count in enumerate(counts):
         if count:
