@@ -39,14 +39,7 @@ struct Panel {
 inline Floats exp2_falling(Floats x) {
   const Floats shifter = broadcast(0x1.8p23f);  // adding it leaves the integer nearest to x
   const Floats shifted = x + shifter;
-  const Floats part = x - (shifted - shifter);  // in [-0.5, 0.5]
-  Floats power = broadcast(1.5461447e-4f);      // the polynomial of exp2
-  power = power * part + 1.3390867e-3f;
-  power = power * part + 9.6180567e-3f;
-  power = power * part + 5.5503571e-2f;
-  power = power * part + 2.4022651e-1f;
-  power = power * part + 6.9314719e-1f;
-  power = power * part + 1.0f;
+  const Floats power = exp2_fraction(x - (shifted - shifter));
   // The shifter's own bits leave at the top.
   const Floats whole = floats_of((words_of(shifted) << 23) + (127u << 23));
   return x < -125.0f ? Floats{} : power * whole;  // a NaN is not below
