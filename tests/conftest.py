@@ -24,6 +24,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
+CORE = dispatch.native_extension()
+INSTRUCTION_SETS = [] if isinstance(CORE, ImportError) else CORE.instruction_sets()
+
 
 class Target(NamedTuple):
     """Where a test runs: a backend's name, the device of its tensors, and of `cpu` which code."""
@@ -41,8 +44,7 @@ def targets(op: str) -> list[Target]:
     """Return all places where `op` might run in this process."""
     found = []
     for backend, device in product(dispatch.backends(op), DEVICES):
-        split = backend == "cpu" and dispatch.unavailable("cpu") is None
-        names = dispatch.native_extension().instruction_sets() if split else [None]
+        names = INSTRUCTION_SETS if backend == "cpu" and INSTRUCTION_SETS else [None]
         found += [Target(backend, device, name) for name in names]
     return found
 
@@ -85,11 +87,14 @@ def marks(target: Target) -> list[pytest.MarkDecorator]:
     return [pytest.mark.interpreter] if target.backend == "triton" else []
 
 
+def use_instruction_set(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(dispatch, "instruction_set", lambda: INSTRUCTION_SETS.index(name))
+
+
 @pytest.fixture
 def target(request, monkeypatch) -> Target:
     if name := request.param.instruction_set:
-        index = dispatch.native_extension().instruction_sets().index(name)
-        monkeypatch.setattr(dispatch, "instruction_set", lambda: index)
+        use_instruction_set(monkeypatch, name)
     return request.param
 
 
@@ -101,6 +106,20 @@ def backend(target: Target) -> str:
 @pytest.fixture
 def device(target: Target) -> str:
     return target.device
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def each_instruction_set(request, monkeypatch) -> None:
+    """Runs a test of the C++ core once for each instruction set that the machine has."""
+    use_instruction_set(monkeypatch, request.param)
+
+
+@pytest.fixture
+def threads():
+    """Restores torch's number of threads after a test that sets it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -65,14 +65,6 @@ def test_bits_do_not_depend_on_threads_or_neighbours(chunk, dtype, backend, devi
         assert_same_results(alone, [x[b : b + 1] for x in expected], f"sequence {b} alone")
 
 
-@pytest.fixture
-def threads():
-    """Restores torch's number of threads after a test that sets it."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("page_size, pages_per_seq", [(16, 32), (13, 40), (512, 1), (1000, 1)])
 def test_bits_do_not_depend_on_where_the_ring_wraps(page_size, pages_per_seq, backend, device):
     window = 500

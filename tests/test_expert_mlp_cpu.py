@@ -13,28 +13,15 @@ from tolerance import assert_close, assert_same
 
 from mistral_kernels.ops import dispatch, expert_mlp
 
-_C = pytest.importorskip("mistral_kernels._C", reason="installed without a C++ compiler")
+pytest.importorskip("mistral_kernels._C", reason="installed without a C++ compiler")
+pytestmark = pytest.mark.usefixtures("each_instruction_set")
 
 MODULE = sys.modules["mistral_kernels.ops.expert_mlp"]
-
-
-@pytest.fixture(autouse=True, params=_C.instruction_sets())
-def instruction_set(request, monkeypatch):
-    index = _C.instruction_sets().index(request.param)
-    monkeypatch.setattr(dispatch, "instruction_set", lambda: index)
 
 
 @pytest.fixture(params=dispatch.KERNEL_DTYPES, ids=str)
 def dtype(request):
     return request.param
-
-
-@pytest.fixture
-def threads():
-    """Restores torch's number of threads after a test that sets it."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["kernel", "GEMMs"])

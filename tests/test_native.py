@@ -98,14 +98,6 @@ def test_a_cuda_launch_without_a_gpu_names_the_op():
         _C.rms_norm_cuda(address, 0, address, address, 0, 1, 8, 8, 0, EPS, 0, 0, 0)
 
 
-@pytest.fixture
-def threads():
-    """Restores torch's number of threads after a test that sets it."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def add_rms_norm_of_rows(dtype: torch.dtype) -> Callable[[], Sequence[torch.Tensor]]:
     x, residual = (torch.randn(137, 1000).to(dtype) for _ in range(2))
     weight = torch.randn(1000).to(dtype)

@@ -15,22 +15,9 @@ from mistral_kernels import ops
 from mistral_kernels.ops import dispatch
 
 OP = "prefill_attention"
-_C = pytest.importorskip("mistral_kernels._C", reason="installed without a C++ compiler")
+pytest.importorskip("mistral_kernels._C", reason="installed without a C++ compiler")
+pytestmark = pytest.mark.usefixtures("each_instruction_set")
 TILE_ROWS, SPLIT = 192, 1024  # csrc/cpu/prefill_tile.h; blocks have 64 keys
-
-
-@pytest.fixture(autouse=True, params=_C.instruction_sets())
-def instruction_set(request, monkeypatch):
-    index = _C.instruction_sets().index(request.param)
-    monkeypatch.setattr(dispatch, "instruction_set", lambda: index)
-
-
-@pytest.fixture
-def threads():
-    """Restores torch's number of threads after a test that sets it."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def assert_same_pair(results, expected, what: str) -> None:
