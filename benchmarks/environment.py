@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from mistral_kernels.info import version
-from mistral_kernels.ops import dispatch
+from mistral_kernels.info import instruction_set, version
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,13 +38,6 @@ def cpu_name() -> str:
     file = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)", file.read_text(), re.M) if file.exists() else []
     return names[0] if names else platform.machine()
-
-
-def instruction_set() -> str | None:
-    """Return the instruction set that the `cpu` backend takes, None without that backend."""
-    if dispatch.unavailable("cpu"):
-        return None
-    return dispatch.native_extension().instruction_sets()[dispatch.instruction_set()]
 
 
 def commit() -> str | None:

@@ -40,7 +40,7 @@ def collect() -> dict[str, Any]:
             "triton": version("triton"),
         },
         "built": core and core.build_info(),
-        "instruction_set": core and core.instruction_sets()[dispatch.instruction_set()],
+        "instruction_set": instruction_set(),
         "cuda": _cuda_versions(core),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "backends": {name: dispatch.unavailable(name) for name in dispatch.BACKENDS},
@@ -54,6 +54,13 @@ def collect() -> dict[str, Any]:
             for op in ops.__all__
         },
     }
+
+
+def instruction_set() -> str | None:
+    """Return the instruction set that the `cpu` backend takes here, None without that backend."""
+    if dispatch.unavailable("cpu"):
+        return None
+    return dispatch.native_extension().instruction_sets()[dispatch.instruction_set()]
 
 
 def version(package: str) -> str | None:

@@ -213,8 +213,8 @@ Plan plan_of(const PrefillAttention& args, int threads) {
   plan.tiles = args.tokens * args.q_heads == 0 ? 0 : first_tile(args, args.batch);
   plan.items = plan.tiles * args.kv_heads;
   plan.splits = keys / kSplit + 2;
-  plan.sizes = {std::min<int64_t>((rows + kLanes - 1) / kLanes, kTileVectors),
-                (args.head_dim + kSums - 1) / kSums * kSums};
+  plan.sizes = {std::min<int64_t>(round_up(rows, kLanes) / kLanes, kTileVectors),
+                round_up(args.head_dim, kSums)};
   plan.workers = team(threads, pairs * args.q_heads * args.head_dim / kLanes);
   plan.apart = plan.workers > 1 && plan.items < kTilesAThread * plan.workers && keys > kSplit;
   return plan;

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#include <new>
 
 #include "cpu/attention_panel.h"
+#include "cpu/buffer.h"
 #include "cpu/prefill_tile.h"
 
 namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH {
@@ -15,11 +15,7 @@ constexpr int kBlock = 64;  // keys at once; blocks start at its multiples
 class Memory {
  public:
   explicit Memory(int64_t vectors)
-      : first_(static_cast<Floats*>(::operator new(vectors * sizeof(Floats), kAligned))),
-        next_(first_) {}
-  ~Memory() { ::operator delete(first_, kAligned); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
+      : buffer_(vectors * kLanes), next_(reinterpret_cast<Floats*>(buffer_.data())) {}
 
   Floats* take(int64_t vectors) {
     next_ += vectors;
@@ -27,8 +23,7 @@ class Memory {
   }
 
  private:
-  static constexpr std::align_val_t kAligned{64};
-  Floats* first_;
+  Buffer buffer_;
   Floats* next_;
 };
 
@@ -38,7 +33,7 @@ struct Sizes {
   int64_t stride;   // head_dim, rounded up to what `multiply` works at once
 
   int64_t state() const { return vectors * (stride + 2); }
-  int64_t keys() const { return ((kBlock + kSums) * stride + kLanes - 1) / kLanes; }
+  int64_t keys() const { return round_up((kBlock + kSums) * stride, kLanes) / kLanes; }
   int64_t scores() const { return (kBlock + kSums) * kPanelWidth; }
   int64_t workspace() const { return 2 * state() + vectors * (stride + 2) + scores() + 2 * keys(); }
 };

@@ -10,30 +10,29 @@
 
 namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH {
 
-// Calls run(T{}) with the storage type of any dtype that a cache may have.
-template <typename Run>
-inline void with_cache_dtype(Dtype dtype, Run&& run) {
+// Calls run(T{}) with the storage type of a quantised cache, `plain` for any other.
+template <typename Run, typename Plain>
+inline void with_quantised(Dtype dtype, Run&& run, Plain&& plain) {
   switch (dtype) {
     case Dtype::kInt8:
       return run(Int8{});
     case Dtype::kFloat8:
       return run(Float8{});
     default:
-      return with_dtype(dtype, run);
+      return plain();
   }
+}
+
+// Calls run(T{}) with the storage type of any dtype that a cache may have.
+template <typename Run>
+inline void with_cache_dtype(Dtype dtype, Run&& run) {
+  with_quantised(dtype, run, [&] { with_dtype(dtype, run); });
 }
 
 // Calls run(Cache{}) with the storage type of a cache for inputs of type T: theirs, or quantised.
 template <typename T, typename Run>
 inline void with_cache_of(Dtype dtype, Run&& run) {
-  switch (dtype) {
-    case Dtype::kInt8:
-      return run(Int8{});
-    case Dtype::kFloat8:
-      return run(Float8{});
-    default:
-      return run(T{});
-  }
+  with_quantised(dtype, run, [&] { run(T{}); });
 }
 
 // Calls run(row, first, count) for each contiguous run of positions first..end-1 of a sequence and

@@ -16,13 +16,13 @@ from mistral_kernels.ops.checks import Arguments, compute_dtype
 from mistral_kernels.ops.dispatch import (
     KERNEL_DTYPES,
     Cell,
+    address,
     cpu_queue,
     define,
     native_extension,
 )
 from mistral_kernels.ops.masked_attention import empty_outputs, masked_attention
 from mistral_kernels.ops.ring import (
-    address,
     all_pages_exist,
     check_cache,
     check_pages,

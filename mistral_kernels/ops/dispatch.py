@@ -63,6 +63,11 @@ def cpu_queue() -> tuple[int, int]:
     return torch.get_num_threads(), instruction_set()
 
 
+def address(x: Tensor | None) -> int:
+    """Where x begins; 0 for no tensor, as C++ expects it."""
+    return 0 if x is None else x.data_ptr()
+
+
 @functools.cache
 def unavailable(backend: str) -> str | None:
     """Why `backend` cannot run in this process, or None if it can."""

@@ -18,6 +18,7 @@ from mistral_kernels.ops.checks import Arguments, compute_dtype
 from mistral_kernels.ops.dispatch import (
     KERNEL_DTYPES,
     Cell,
+    address,
     cpu_queue,
     define,
     native_extension,
@@ -30,7 +31,6 @@ from mistral_kernels.ops.masked_attention import (
 )
 from mistral_kernels.ops.ring import (
     NO_RING,
-    address,
     all_pages_exist,
     check_cache,
     check_pages,
@@ -140,22 +140,9 @@ def prefill_attention_backward(
 
 
 def _prefill_attention_cpu(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    cu_seqlens: Tensor,
-    k_cache: Tensor | None,
-    v_cache: Tensor | None,
-    block_table: Tensor | None,
-    context_lens: Tensor | None,
-    starts: Tensor | None,
-    window: int | None,
-    causal: bool,
-    scale: float,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    batch_invariant: bool,  # holds always: a tile has rows of one sequence, and fixed splits
-) -> tuple[Tensor, Tensor]:
+    q, k, v, cu_seqlens, k_cache, v_cache, block_table, context_lens, starts, window, causal,
+    scale, k_scale, v_scale, *_,
+):  # fmt: skip
     """Calls the C++ launcher: raw pointers, sizes, strides, the ring, and where to run it."""
     out, lse = empty_outputs(q)
     ring = NO_RING

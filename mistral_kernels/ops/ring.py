@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops.checks import QUANTISED, Arguments, compute_dtype
-from mistral_kernels.ops.dispatch import KERNEL_DTYPES
+from mistral_kernels.ops.dispatch import KERNEL_DTYPES, address
 
 CACHE_DTYPES = (*KERNEL_DTYPES, *QUANTISED)  # csrc/dtype.h numbers them in this order
 
@@ -95,11 +95,6 @@ def read_ring(
 def head_rows(x: Tensor | None) -> tuple[int, int, int]:
     """The struct HeadRows of csrc/launchers.h, of x (tokens, heads, head_dim)."""
     return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
-
-
-def address(x: Tensor | None) -> int:
-    """Where x begins; 0 for no tensor, as C++ expects it."""
-    return 0 if x is None else x.data_ptr()
 
 
 def ring_fields(

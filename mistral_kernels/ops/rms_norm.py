@@ -15,6 +15,7 @@ from mistral_kernels.ops.checks import Arguments, compute_dtype
 from mistral_kernels.ops.dispatch import (
     KERNEL_DTYPES,
     Cell,
+    address,
     cpu_queue,
     define,
     native_extension,
@@ -67,7 +68,7 @@ def _rms_norm_native(
         0 if residual is None else added.data_ptr(),
         weight.data_ptr(),
         normed.data_ptr(),
-        0 if summed is None else summed.data_ptr(),
+        address(summed),
         tokens,
         hidden,
         rows.stride(0),

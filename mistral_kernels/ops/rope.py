@@ -17,6 +17,7 @@ from mistral_kernels.ops.checks import Arguments, compute_dtype
 from mistral_kernels.ops.dispatch import (
     KERNEL_DTYPES,
     Cell,
+    address,
     cpu_queue,
     define,
     native_extension,
@@ -72,7 +73,7 @@ def _rotate_cpu(q, k, cos, sin, positions, interleaved, q_scale, *, out_q, out_k
         _heads(k, out_k),
         cos.data_ptr(),
         sin.data_ptr(),
-        0 if q_scale is None else q_scale.data_ptr(),
+        address(q_scale),
         positions.data_ptr(),
         tokens,
         head_dim,

@@ -15,6 +15,7 @@ from mistral_kernels.ops.checks import Arguments, compute_dtype
 from mistral_kernels.ops.dispatch import (
     KERNEL_DTYPES,
     Cell,
+    address,
     cpu_queue,
     define,
     native_extension,
@@ -56,7 +57,7 @@ def _route_experts_cpu(logits: Tensor, top_k: int, positions: Tensor | None):
     tokens, experts = logits.shape
     native_extension().route_experts_cpu(
         logits.data_ptr(),
-        0 if positions is None else positions.data_ptr(),
+        address(positions),
         weights.data_ptr(),
         expert_ids.data_ptr(),
         tokens,
