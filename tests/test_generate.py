@@ -52,6 +52,27 @@ def test_scoring_a_prompt_alone(model):
     assert generate(PROMPTS, model, max_tokens=0) == ([[]] * 4, [[]] * 4)
 
 
+def test_a_cache_is_continued(model):
+    whole, _ = generate(PROMPTS, model, max_tokens=12)
+    cache = model.new_cache(4, 40)
+    first, _ = generate(PROMPTS, model, max_tokens=5, cache=cache)
+    assert cache.lengths == [len(prompt) + 4 for prompt in PROMPTS]
+    rest, _ = generate([row[-1:] for row in first], model, max_tokens=7, cache=cache)
+    assert [a + b for a, b in zip(first, rest, strict=True)] == whole
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_anything_is_fed(model):
+    cache = model.new_cache(1, 8)
+    with pytest.raises(ValueError, match="one place for each of 2 prompts, got 1"):
+        generate([[1], [2]], model, max_tokens=1, cache=cache)
+    with pytest.raises(ValueError, match="would reach 9 tokens"):
+        generate([[1, 2, 3]], model, max_tokens=7, cache=cache)
+    with pytest.raises(TypeError, match="cache must be a KVCache"):
+        generate([[1]], model, max_tokens=1, cache="ring")
+    assert cache.lengths == [0]
+    assert len(generate([[1, 2, 3]], model, max_tokens=6, cache=cache)[0][0]) == 6
+
+
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 6, 16, 100])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_chunk_size_changes_nothing(model, chunk_size, temperature):

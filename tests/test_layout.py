@@ -18,7 +18,7 @@ LIBRARY = ("kernels", "mistral_kernels/ops", "mistral_kernels/model")
 # A module of the package imports none of a higher rank. Names of mistral_kernels/__init__.py rank
 # with the model, which they show.
 RANKS = {"_C": 0, "kernels": 0, "tolerance": 0, "ops": 1, "model": 2, "integrations": 3}
-RANKS |= dict.fromkeys(("cli", "verify", "routing", "info", "tables"), 3)
+RANKS |= dict.fromkeys(("cli", "chat", "verify", "routing", "info", "tables"), 3)
 
 
 def sources(folder: str, *endings: str) -> list[Path]:

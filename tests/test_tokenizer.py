@@ -54,6 +54,22 @@ def stream(tokenizer: Tokenizer, ids: list[int], *, continued: bool = False) -> 
     return [*map(text.push, ids), text.finish()]
 
 
+def test_a_conversation_has_the_marks_of_its_version(tokenizer):
+    turns = [("user", "Hello"), ("assistant", "Hi"), ("user", "How are you?")]
+    ids = tokenizer.encode_chat([{"role": role, "content": text} for role, text in turns])
+    assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.eos_id) == 1
+    after = tokenizer.decode(ids[ids.index(tokenizer.eos_id) :])
+    # v1 spells its marks as text, later versions have control tokens.
+    assert after.strip() == (
+        "[INST] How are you? [/INST]" if tokenizer.version == "v1" else "How are you?"
+    )
+
+
+def test_what_is_no_conversation_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=f"{tokenizer.path.name}: not a conversation"):
+        tokenizer.encode_chat([{"role": "assistant", "content": "Hi"}])
+
+
 def test_reads_version_vocab_and_ends(tokenizer):
     assert (tokenizer.version, tokenizer.vocab) == FILES[tokenizer.path.name][1:]
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)

@@ -6,7 +6,7 @@ rows of wq and wk are stored (`interleaved`).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +70,8 @@ class ModelConfig:
         top_k: experts a token is sent to; 0 in a dense model.
         yarn: YaRN scaling of the rotary frequencies, or None.
         q_scale: position-dependent scale of the queries, or None.
+        max_positions: positions the model was made for, None if the file does not tell. Nothing
+            enforces it, and configurations that differ in it alone are equal.
         interleaved: rope turns pairs (0, 1), (2, 3).. of a head (native) rather than
             (0, head_dim/2), (1, head_dim/2 + 1).. (Hugging Face).
 
@@ -93,12 +95,15 @@ class ModelConfig:
     yarn: Yarn | None = None
     q_scale: QueryScale | None = None
     interleaved: bool = True
+    max_positions: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _check_integers(
             self, "hidden", "layers", "q_heads", "kv_heads", "head_dim", "ffn_dim", "vocab"
         )
         _check_numbers(self, "norm_eps", "rope_theta")
+        if self.max_positions is not None:
+            _check_integers(self, "max_positions")
         if self.q_heads % self.kv_heads:
             raise ValueError(
                 f"ModelConfig: q_heads {self.q_heads} is not a multiple of kv_heads {self.kv_heads}"

@@ -64,6 +64,8 @@ def native_fields(params: dict[str, Any]) -> dict[str, Any]:
         "yarn": _native_yarn(fields.section("yarn")),
         "q_scale": _native_q_scale(fields.section("llama_4_scaling")),
         "interleaved": True,
+        "max_positions": fields.integer("max_seq_len", None)
+        or fields.integer("max_position_embeddings", None),
     }
 
 
@@ -188,6 +190,7 @@ def huggingface_fields(config: dict[str, Any]) -> dict[str, Any]:
         "yarn": _huggingface_yarn(rope, original, max_positions),
         "q_scale": {"beta": beta, "original_max_positions": original} if beta else None,
         "interleaved": False,
+        "max_positions": max_positions,
     }
 
 

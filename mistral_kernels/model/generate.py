@@ -59,6 +59,7 @@ def stream(
     chunk_size: int | None = None,
     eos_id: int | None = None,
     prompt_logprobs: bool = False,
+    cache: KVCache | None = None,
 ) -> Iterator[Event]:
     """Yields (sequence, token, logprob) as tokens are drawn; arguments and errors as `generate`.
 
@@ -70,7 +71,9 @@ def stream(
     prompts = _check_prompts(encoded_prompts, model.config.vocab)
     seeds = _seeds(seed, len(prompts))
     waiting = deque(_Sequence(index, prompt, seeds[index]) for index, prompt in enumerate(prompts))
-    return _run(model, waiting, sampling)
+    if cache is not None:
+        _check_cache(cache, prompts, max_tokens)
+    return _run(model, waiting, sampling, cache)
 
 
 def generate(
@@ -85,6 +88,7 @@ def generate(
     chunk_size: int | None = None,
     eos_id: int | None = None,
     prompt_logprobs: bool = False,
+    cache: KVCache | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Continues prompts.
 
@@ -101,6 +105,9 @@ def generate(
             window.
         eos_id: a sequence ends when it draws this token, which is not returned; None: never.
         prompt_logprobs: put the logprobs of the prompt's tokens, from the second on, in front.
+        cache: from `model.new_cache`, with one place a prompt: prompt i continues the tokens that
+            place i holds. Afterwards a place holds its prompt and new tokens too, all but the last
+            drawn, which was not fed. None: every prompt starts afresh.
 
     Returns:
         tokens: the new tokens of each prompt.
@@ -124,6 +131,7 @@ def generate(
         chunk_size=chunk_size,
         eos_id=eos_id,
         prompt_logprobs=prompt_logprobs,
+        cache=cache,
     ):
         tokens[sequence].append(token)
         logprobs[sequence].append(logprob)
@@ -132,12 +140,19 @@ def generate(
     return tokens, logprobs
 
 
-def _run(model: Transformer, waiting: deque[_Sequence], sampling: _Sampling) -> Iterator[Event]:
+def _run(
+    model: Transformer, waiting: deque[_Sequence], sampling: _Sampling, cache: KVCache | None
+) -> Iterator[Event]:
     if not waiting or (sampling.max_tokens == 0 and not sampling.prompt_logprobs):
         return
-    longest = max(len(sequence.pending) for sequence in waiting)
-    places: list[_Sequence | None] = [None] * min(model.max_batch_size, len(waiting))
-    cache = model.new_cache(len(places), longest + sampling.max_tokens)
+    places: list[_Sequence | None]
+    if cache is not None:
+        places = list(waiting)
+        waiting.clear()
+    else:
+        longest = max(len(sequence.pending) for sequence in waiting)
+        places = [None] * min(model.max_batch_size, len(waiting))
+        cache = model.new_cache(len(places), longest + sampling.max_tokens)
     while True:
         for place, sequence in enumerate(places):
             if sequence is None and waiting:
@@ -259,6 +274,18 @@ def _check_sampling(sampling: _Sampling, vocab: int) -> None:
         )
     if not 0 < sampling.top_p <= 1:
         raise ValueError(f"generate: top_p must be in (0, 1], got {sampling.top_p}")
+
+
+def _check_cache(cache: KVCache, prompts: list[list[int]], max_tokens: int) -> None:
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"generate: cache must be a KVCache, got {type(cache).__name__}")
+    if cache.batch != len(prompts):
+        raise ValueError(
+            f"generate: cache must have one place for each of {len(prompts)} prompts,"
+            f" got {cache.batch}"
+        )
+    # The last token drawn is not fed.
+    cache.check_room([len(prompt) + max(max_tokens - 1, 0) for prompt in prompts])
 
 
 def _check_prompts(encoded_prompts: Sequence[Sequence[int]], vocab: int) -> list[list[int]]:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import codecs
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mistral_common.exceptions import TokenizerException
+from mistral_common.exceptions import MistralCommonException, TokenizerException
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from pydantic import ValidationError
 
 from mistral_kernels.model.config import ModelConfig
 
@@ -110,6 +113,25 @@ class Tokenizer:
         Control tokens spelled out in the text, such as "[INST]", are encoded as plain text.
         """
         return self._tokens.encode(text, bos=bos, eos=False)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the ids of a conversation, ready for the assistant's next answer.
+
+        Args:
+            messages: each with "role" (system, user or assistant) and "content"; the last is the
+                user's.
+
+        Returns:
+            The ids, from the begin-of-text id on, in the chat format of `version`.
+
+        Raises:
+            ValueError: the messages are not a conversation that the format knows.
+        """
+        try:
+            request = ChatCompletionRequest(messages=[dict(message) for message in messages])
+            return MistralTokenizer.from_file(self.path).encode_chat_completion(request).tokens
+        except (MistralCommonException, ValidationError) as error:
+            raise ValueError(f"{self.path}: not a conversation: {error}") from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; `TextStream` says what control tokens and bad bytes become."""

@@ -33,6 +33,9 @@ class Transformer(nn.Module):
         max_batch_size: most sequences that `generate` and `stream` run at once.
         backend: a preference: an op without that backend takes what `auto` chooses. `backends`
             tells which backend serves each op.
+
+    Attributes:
+        folder: the checkpoint it was loaded from, None for a model made from a config.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Transformer(nn.Module):
                 f"Transformer: device must be available, got {device} and no CUDA device"
             )
         self.config, self.max_batch_size = config, max_batch_size
+        self.folder: Path | None = None
         self._kernels: Kernels = {}
         self._tables: RopeTables | None = None
         place = {
@@ -120,6 +124,7 @@ class Transformer(nn.Module):
             backend=backend,
         )
         checkpoint.copy_to(dict(model.named_parameters()))
+        model.folder = Path(folder)
         return model
 
     @property
