@@ -1,4 +1,4 @@
-"""The worked examples in docstrings are run."""
+"""The worked examples in docstrings and in docs/ are run."""
 
 import doctest
 import importlib
@@ -18,4 +18,13 @@ MODULES = [
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
     result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0 and result.failed == 0
+
+
+PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if ">>> " in path.read_text()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples_of_a_page(page):
+    result = doctest.testfile(str(page), module_relative=False)
     assert result.attempted > 0 and result.failed == 0
