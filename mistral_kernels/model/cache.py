@@ -44,7 +44,8 @@ class KVCache:
         device, dtype: where and as what keys and values are stored.
 
     Attributes:
-        lengths: tokens of each sequence so far; the next one gets this position.
+        lengths: tokens of each sequence so far; the next one gets this position. A step that is
+            interrupted counts for nothing; if it has spoilt a place, the next step refuses that.
         starts: first position that each sequence may see; set it after left padding.
         layers: one LayerCache a layer.
 
@@ -103,18 +104,41 @@ class KVCache:
         return sum(2 * layer.k.numel() * layer.k.element_size() for layer in self.layers)
 
     def check_room(self, seqlens: Sequence[int]) -> None:
-        """Refuses tokens that a sequence has no room for, before anything is written."""
+        """Refuses tokens that a sequence has no room or no keys for, before anything is written."""
         for b, (length, tokens) in enumerate(zip(self.lengths, seqlens, strict=True)):
+            if tokens and self._lost_keys(b, length):
+                raise ValueError(
+                    f"forward: sequence {b} was interrupted in a step that had overwritten keys"
+                    f" which its next token must see; empty its place with cache.reset({b})"
+                )
             if length + tokens > self.max_tokens:
                 raise ValueError(
                     f"forward: sequence {b} would reach {length + tokens} tokens, but the cache"
                     f" was made for max_tokens={self.max_tokens}"
                 )
 
+    def begin(self, seqlens: Sequence[int]) -> None:
+        """Notes what a step may overwrite, should it be interrupted after some of its layers."""
+        for b, (length, tokens) in enumerate(zip(self.lengths, seqlens, strict=True)):
+            # An empty place has no keys that earlier steps could have overwritten.
+            before = self._written[b] if length else 0
+            self._written[b] = max(before, length + tokens)
+
     def advance(self, seqlens: Sequence[int]) -> None:
         """Counts the tokens that a step has stored."""
+        self.begin(seqlens)
         self.lengths = [a + b for a, b in zip(self.lengths, seqlens, strict=True)]
-        self._written = [max(a, b) for a, b in zip(self._written, self.lengths, strict=True)]
+
+    def _lost_keys(self, sequence: int, length: int) -> bool:
+        """Whether a ring has overwritten keys that the token at position `length` must see."""
+        if self._written[sequence] == length:
+            return False
+        for layer in self.layers:
+            # Of earlier keys it sees oldest .. length - 1.
+            oldest = 0 if layer.window is None else max(0, length - layer.window + 1)
+            if min(self._written[sequence] - layer.capacity, length) > oldest:
+                return True
+        return False
 
     def rollback(self, tokens: int | Sequence[int]) -> None:
         """Forgets the last tokens of sequences, for example of a rejected draft.
@@ -139,14 +163,11 @@ class KVCache:
                     f"rollback: tokens must be in [0, {self.lengths[b]}] for sequence {b},"
                     f" got {count}"
                 )
-            for layer in self.layers:
-                # The next token, at position `length`, sees length - window + 1 .. length.
-                oldest = 0 if layer.window is None else max(0, length - layer.window + 1)
-                if self._written[b] - layer.capacity > oldest:
-                    raise ValueError(
-                        f"rollback: {count} tokens of sequence {b} are more than lookahead"
-                        f" {self.lookahead} allows: their keys overwrote keys still needed"
-                    )
+            if self._lost_keys(b, length):
+                raise ValueError(
+                    f"rollback: {count} tokens of sequence {b} are more than lookahead"
+                    f" {self.lookahead} allows: their keys overwrote keys still needed"
+                )
         self.lengths = [a - b for a, b in zip(self.lengths, counts, strict=True)]
 
     def reset(self, sequence: int | None = None) -> None:

@@ -4,51 +4,64 @@ One loop serves everything. Each place of the cache holds a sequence with pendin
 its prompt, fed in chunks, later the token it has just drawn. A step feeds every place its next
 piece; places whose piece was the last draw a token. A place that is done takes the next waiting
 prompt.
+
+A step is fed and counted by the cache before its tokens are handed out, and between two steps
+nothing is under way: there the loop may be left for good (cancelled, closed, interrupted).
 """
 
 from __future__ import annotations
 
 import math
-import operator
-import secrets
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mistral_kernels.model.cache import KVCache
+from mistral_kernels.model.generate_checks import (
+    Prompt,
+    Settings,
+    check_cache,
+    check_prompts,
+    seeds_of,
+    token_ids,
+    tokenizer_for,
+)
 from mistral_kernels.model.sampling import logprobs_of, sample, uniform_draw
+from mistral_kernels.model.stop_text import StopText
 from mistral_kernels.model.transformer import Transformer
-from mistral_kernels.ops.checks import is_int, is_number
+
+if TYPE_CHECKING:
+    from mistral_kernels.model.tokenizer import TextStream
 
 Event = tuple[int, int, float]  # sequence, token, logprob
 
 
 @dataclass
 class _Sequence:
-    """A sequence in its place: what it must still be fed, and how far it has drawn."""
+    """A sequence in its place: what it must still be fed, how far it has drawn, where it ends."""
 
     index: int
     pending: list[int]
     seed: int
+    eos_id: int | None
+    text: TextStream | None  # of the new tokens; None without stop strings
+    stop: StopText
     drawn: int = 0
 
-
-@dataclass(frozen=True)
-class _Sampling:
-    max_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int | None
-    chunk_size: int | None
-    eos_id: int | None
-    prompt_logprobs: bool
+    def stops_at(self, token: int) -> bool:
+        """Takes a new token; tells whether the text of all of them now holds a stop string."""
+        if self.text is not None:
+            self.stop.push(self.text.push(token))
+        return self.stop.stopped
 
 
 def stream(
-    encoded_prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     model: Transformer,
     *,
     max_tokens: int,
@@ -59,25 +72,24 @@ def stream(
     chunk_size: int | None = None,
     eos_id: int | None = None,
     prompt_logprobs: bool = False,
+    stop: str | Sequence[str] | None = None,
     cache: KVCache | None = None,
+    cancel: threading.Event | None = None,
 ) -> Iterator[Event]:
     """Yields (sequence, token, logprob) as tokens are drawn; arguments and errors as `generate`.
 
     With prompt_logprobs a prompt's own tokens, from the second on, are yielded before its new ones.
-    The arguments are checked at the call, not at the first token.
+    The arguments are checked at the call, not at the first token. There is no on_token: whoever
+    iterates sees every token as it is drawn, and may stop at any of them.
     """
-    sampling = _Sampling(max_tokens, temperature, top_p, top_k, chunk_size, eos_id, prompt_logprobs)
-    _check_sampling(sampling, model.config.vocab)
-    prompts = _check_prompts(encoded_prompts, model.config.vocab)
-    seeds = _seeds(seed, len(prompts))
-    waiting = deque(_Sequence(index, prompt, seeds[index]) for index, prompt in enumerate(prompts))
-    if cache is not None:
-        _check_cache(cache, prompts, max_tokens)
-    return _run(model, waiting, sampling, cache)
+    settings = Settings(
+        max_tokens, temperature, top_p, top_k, chunk_size, eos_id, prompt_logprobs, stop, cancel
+    )
+    return _run(model, _sequences(prompts, model, settings, seed, cache), settings, cache)
 
 
 def generate(
-    encoded_prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     model: Transformer,
     *,
     max_tokens: int,
@@ -88,12 +100,16 @@ def generate(
     chunk_size: int | None = None,
     eos_id: int | None = None,
     prompt_logprobs: bool = False,
+    stop: str | Sequence[str] | None = None,
     cache: KVCache | None = None,
+    on_token: Callable[[int, int, float], None] | None = None,
+    cancel: threading.Event | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Continues prompts.
 
     Args:
-        encoded_prompts: token ids of each prompt, none empty, lengths free.
+        prompts: texts, token ids, or some of each; none without tokens, lengths free. A text is
+            encoded by `model.tokenizer`, with its begin-of-text id in front.
         model: at most its `max_batch_size` sequences run at once; others join as places free up.
         max_tokens: new tokens a sequence, >= 0.
         temperature: 0 for greedy; otherwise it divides the logits.
@@ -103,11 +119,23 @@ def generate(
             its draws do not depend on the batch. None: from the system's randomness.
         chunk_size: prompt tokens fed at once; None: the whole prompt. Chunks may be longer than the
             window.
-        eos_id: a sequence ends when it draws this token, which is not returned; None: never.
+        eos_id: a sequence ends when it draws this token, which is not returned. None: a prompt
+            given as text ends at the tokenizer's end-of-text id, one given as ids never.
         prompt_logprobs: put the logprobs of the prompt's tokens, from the second on, in front.
+        stop: strings, one or a list; a sequence ends when the text of its new tokens holds one. The
+            token that completes it is returned: `StopText` cuts the text. Prompts are not searched,
+            and control tokens have no text. Needs `model.tokenizer`.
         cache: from `model.new_cache`, with one place a prompt: prompt i continues the tokens that
-            place i holds. Afterwards a place holds its prompt and new tokens too, all but the last
-            drawn, which was not fed. None: every prompt starts afresh.
+            place i holds, a text without a begin-of-text id unless the place is empty. Afterwards a
+            place holds its prompt and new tokens too, all but the last drawn, which was not fed.
+            None: every prompt starts afresh.
+        on_token: called with (sequence, token, logprob) of everything that `stream` would yield, as
+            it is drawn. What it raises ends the generation and reaches the caller.
+        cancel: once it is set, by any thread, by on_token or by a signal handler, no further step
+            is fed (a chunk of a prompt is a step too), and what was drawn so far is returned.
+
+    After an exception, KeyboardInterrupt included, the model is as before, and place i of a given
+    cache holds the first tokens of what it was to hold, as many as `cache.lengths[i]` says.
 
     Returns:
         tokens: the new tokens of each prompt.
@@ -117,59 +145,91 @@ def generate(
         TypeError, ValueError: an argument does not fit; the text names it.
         RuntimeError: the model's logits are not finite.
     """
-    prompts = _check_prompts(encoded_prompts, model.config.vocab)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
-    for sequence, token, logprob in stream(
-        prompts,
-        model,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        chunk_size=chunk_size,
-        eos_id=eos_id,
-        prompt_logprobs=prompt_logprobs,
-        cache=cache,
-    ):
+    if on_token is not None and not callable(on_token):
+        raise TypeError(f"generate: on_token must be callable, got {type(on_token).__name__}")
+    settings = Settings(
+        max_tokens, temperature, top_p, top_k, chunk_size, eos_id, prompt_logprobs, stop, cancel
+    )
+    sequences = _sequences(prompts, model, settings, seed, cache)
+    # A prompt's own tokens, which stream yields in front, are not returned.
+    own = [len(sequence.pending) - 1 if prompt_logprobs else 0 for sequence in sequences]
+    tokens: list[list[int]] = [[] for _ in sequences]
+    logprobs: list[list[float]] = [[] for _ in sequences]
+    for sequence, token, logprob in _run(model, sequences, settings, cache):
         tokens[sequence].append(token)
         logprobs[sequence].append(logprob)
-    if prompt_logprobs:
-        tokens = [row[len(prompt) - 1 :] for row, prompt in zip(tokens, prompts, strict=True)]
-    return tokens, logprobs
+        if on_token is not None:
+            on_token(sequence, token, logprob)
+    return [row[n:] for row, n in zip(tokens, own, strict=True)], logprobs
+
+
+def _sequences(
+    prompts: Sequence[Prompt],
+    model: Transformer,
+    settings: Settings,
+    seed: int | Sequence[int] | None,
+    cache: KVCache | None,
+) -> list[_Sequence]:
+    """The prompts, ready to run. All arguments are checked here, before anything is fed."""
+    settings.check(model.config.vocab)
+    check_prompts(prompts)
+    if cache is not None:
+        check_cache(cache, len(prompts))
+    seeds = seeds_of(seed, len(prompts))
+    sequences = []
+    for index, prompt in enumerate(prompts):
+        fresh = cache is None or cache.lengths[index] == 0
+        ids = token_ids(prompt, model, f"prompts[{index}]", bos=fresh)
+        eos_id = settings.eos_id
+        if eos_id is None and isinstance(prompt, str):
+            eos_id = model.tokenizer.eos_id
+        text = _new_text(model) if settings.stop else None
+        sequences.append(_Sequence(index, ids, seeds[index], eos_id, text, StopText(settings.stop)))
+    if cache is not None:
+        # The last token drawn is not fed.
+        cache.check_room([len(s.pending) + max(settings.max_tokens - 1, 0) for s in sequences])
+    return sequences
+
+
+def _new_text(model: Transformer) -> TextStream:
+    """The text of new tokens, which follow a prompt."""
+    tokenizer = tokenizer_for(model, "stop")
+    from mistral_kernels.model.tokenizer import TextStream  # loads mistral-common
+
+    return TextStream(tokenizer, continued=True)
 
 
 def _run(
-    model: Transformer, waiting: deque[_Sequence], sampling: _Sampling, cache: KVCache | None
+    model: Transformer, sequences: list[_Sequence], settings: Settings, cache: KVCache | None
 ) -> Iterator[Event]:
-    if not waiting or (sampling.max_tokens == 0 and not sampling.prompt_logprobs):
+    if not sequences:
         return
     places: list[_Sequence | None]
     if cache is not None:
-        places = list(waiting)
-        waiting.clear()
+        places, waiting = list(sequences), deque()
+    elif settings.max_tokens == 0 and not settings.prompt_logprobs:
+        return  # nothing to find out, and no cache to fill
     else:
-        longest = max(len(sequence.pending) for sequence in waiting)
-        places = [None] * min(model.max_batch_size, len(waiting))
-        cache = model.new_cache(len(places), longest + sampling.max_tokens)
-    while True:
+        longest = max(len(sequence.pending) for sequence in sequences)
+        places, waiting = [None] * min(model.max_batch_size, len(sequences)), deque(sequences)
+        cache = model.new_cache(len(places), longest + settings.max_tokens)
+    while settings.cancel is None or not settings.cancel.is_set():
         for place, sequence in enumerate(places):
             if sequence is None and waiting:
                 cache.reset(place)
                 places[place] = waiting.popleft()
         if not any(places):
             return
-        yield from _step(model, cache, places, sampling)
+        yield from _step(model, cache, places, settings)
 
 
 def _step(
-    model: Transformer, cache: KVCache, places: list[_Sequence | None], sampling: _Sampling
+    model: Transformer, cache: KVCache, places: list[_Sequence | None], settings: Settings
 ) -> Iterator[Event]:
     """Feeds every place its next piece, frees places that are done, yields what was found out."""
-    pieces = [sequence.pending[: sampling.chunk_size] if sequence else [] for sequence in places]
+    pieces = [sequence.pending[: settings.chunk_size] if sequence else [] for sequence in places]
     # A prompt's logprobs need the logits of all its rows.
-    scored = sampling.prompt_logprobs and any(s and s.drawn == 0 for s in places)
+    scored = settings.prompt_logprobs and any(s and s.drawn == 0 for s in places)
     input_ids = torch.tensor([token for piece in pieces for token in piece], device="cpu")
     with torch.inference_mode():
         logits = model.forward(input_ids, [len(p) for p in pieces], cache, last_only=not scored)
@@ -187,25 +247,25 @@ def _step(
         if not sequence.pending:
             drawing.append(place)
             rows.append(begin - 1 if scored else place)
-    events += _draw(logits[rows], drawing, places, sampling)
+    events += _draw(logits[rows], drawing, places, settings)
     yield from events
 
 
 def _draw(
-    logits: Tensor, drawing: list[int], places: list[_Sequence | None], sampling: _Sampling
+    logits: Tensor, drawing: list[int], places: list[_Sequence | None], settings: Settings
 ) -> list[Event]:
     """Draws one token for each place in `drawing`, from its row of logits."""
     sequences = [places[place] for place in drawing]
-    if sampling.max_tokens == 0:
+    if settings.max_tokens == 0:
         for place in drawing:
             places[place] = None
         return []
     tokens = sample(
         logits,
-        [uniform_draw(s.seed, s.drawn) if sampling.temperature else 0.0 for s in sequences],
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
+        [uniform_draw(s.seed, s.drawn) if settings.temperature else 0.0 for s in sequences],
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
     )
     drawn = zip(
         drawing, sequences, tokens.tolist(), logprobs_of(logits, tokens).tolist(), strict=True
@@ -215,11 +275,11 @@ def _draw(
         _check_finite(logprob, sequence.index)
         sequence.drawn += 1
         sequence.pending = [token]
-        if token == sampling.eos_id:
+        if token == sequence.eos_id:
             places[place] = None
             continue
         events.append((sequence.index, token, logprob))
-        if sequence.drawn == sampling.max_tokens:
+        if sequence.stops_at(token) or sequence.drawn == settings.max_tokens:
             places[place] = None
     return events
 
@@ -237,82 +297,3 @@ def _prompt_events(sequence: _Sequence, logits: Tensor) -> list[Event]:
 def _check_finite(logprob: float, sequence: int) -> None:
     if math.isnan(logprob):
         raise RuntimeError(f"generate: the logits of sequence {sequence} are not finite")
-
-
-def _seeds(seed: int | Sequence[int] | None, prompts: int) -> list[int]:
-    if seed is None:
-        seed = secrets.randbits(63)
-    seeds = [seed + i for i in range(prompts)] if is_int(seed) else seed
-    if isinstance(seeds, str) or not isinstance(seeds, Sequence) or not all(map(is_int, seeds)):
-        raise TypeError(f"generate: seed must be an int, a list of ints or None, got {seed!r}")
-    if len(seeds) != prompts:
-        raise ValueError(f"generate: seed must have {prompts} entries, got {len(seeds)}")
-    return [value % 2**64 for value in seeds]
-
-
-def _check_sampling(sampling: _Sampling, vocab: int) -> None:
-    for name, minimum in (("max_tokens", 0), ("top_k", 1), ("chunk_size", 1), ("eos_id", 0)):
-        value = getattr(sampling, name)
-        if value is None and name != "max_tokens":
-            continue
-        if not is_int(value):
-            raise TypeError(f"generate: {name} must be an int, got {type(value).__name__}")
-        if value < minimum:
-            raise ValueError(f"generate: {name} must be >= {minimum}, got {value}")
-    if sampling.eos_id is not None and sampling.eos_id >= vocab:
-        raise ValueError(f"generate: eos_id must be in [0, {vocab}), got {sampling.eos_id}")
-    if not isinstance(sampling.prompt_logprobs, bool):
-        name = type(sampling.prompt_logprobs).__name__
-        raise TypeError(f"generate: prompt_logprobs must be a bool, got {name}")
-    for name in ("temperature", "top_p"):
-        value = getattr(sampling, name)
-        if not is_number(value):
-            raise TypeError(f"generate: {name} must be a float, got {type(value).__name__}")
-    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
-        raise ValueError(
-            f"generate: temperature must be finite and >= 0, got {sampling.temperature}"
-        )
-    if not 0 < sampling.top_p <= 1:
-        raise ValueError(f"generate: top_p must be in (0, 1], got {sampling.top_p}")
-
-
-def _check_cache(cache: KVCache, prompts: list[list[int]], max_tokens: int) -> None:
-    if not isinstance(cache, KVCache):
-        raise TypeError(f"generate: cache must be a KVCache, got {type(cache).__name__}")
-    if cache.batch != len(prompts):
-        raise ValueError(
-            f"generate: cache must have one place for each of {len(prompts)} prompts,"
-            f" got {cache.batch}"
-        )
-    # The last token drawn is not fed.
-    cache.check_room([len(prompt) + max(max_tokens - 1, 0) for prompt in prompts])
-
-
-def _check_prompts(encoded_prompts: Sequence[Sequence[int]], vocab: int) -> list[list[int]]:
-    if not isinstance(encoded_prompts, Sequence):
-        name = type(encoded_prompts).__name__
-        raise TypeError(f"generate: encoded_prompts must be a list of lists, got {name}")
-    prompts = []
-    for i, prompt in enumerate(encoded_prompts):
-        if isinstance(prompt, (str, bytes)) or not hasattr(prompt, "__iter__"):
-            raise TypeError(
-                f"generate: encoded_prompts[{i}] must be a list of token ids,"
-                f" got {type(prompt).__name__}"
-            )
-        try:
-            prompt = [operator.index(token) for token in prompt]  # numpy's integers too
-        except TypeError as error:
-            raise TypeError(
-                f"generate: encoded_prompts[{i}] must hold ints, got {prompt}"
-            ) from error
-        if not prompt:
-            raise ValueError(
-                f"generate: encoded_prompts[{i}] must hold at least one token, got none"
-            )
-        for token in prompt:
-            if not 0 <= token < vocab:
-                raise ValueError(
-                    f"generate: encoded_prompts[{i}] must hold ids in [0, {vocab}), got {token}"
-                )
-        prompts.append(prompt)
-    return prompts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from mistral_kernels.ops import dispatch
 from mistral_kernels.ops.checks import FLOATS, compute_dtype, is_int
 from mistral_kernels.ops.dispatch import BoundOp
 
+if TYPE_CHECKING:
+    from mistral_kernels.model.tokenizer import Tokenizer
+
 
 class Transformer(nn.Module):
     """A Mistral or Mixtral model.
@@ -36,6 +40,7 @@ class Transformer(nn.Module):
 
     Attributes:
         folder: the checkpoint it was loaded from, None for a model made from a config.
+        tokenizer: turns text into token ids and back; read from the folder at first use.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Transformer(nn.Module):
             )
         self.config, self.max_batch_size = config, max_batch_size
         self.folder: Path | None = None
+        self._tokenizer: Tokenizer | None = None
         self._kernels: Kernels = {}
         self._tables: RopeTables | None = None
         place = {
@@ -180,6 +186,36 @@ class Transformer(nn.Module):
         # In place: the blocks share this dict.
         self._kernels.update({op: BoundOp(op, name) for op, name in chosen.items()})
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer beside the checkpoint, read when it is first asked for; it can be set.
+
+        Raises:
+            ValueError: there is none, or it does not fit this model; names the way out.
+            TypeError: what is set is no tokenizer.
+        """
+        if self._tokenizer is None:
+            if self.folder is None:
+                raise ValueError(
+                    "Transformer: a model that comes from no folder has no tokenizer;"
+                    " set model.tokenizer, or work with token ids"
+                )
+            from mistral_kernels.model.tokenizer import Tokenizer  # loads mistral-common
+
+            try:
+                self.tokenizer = Tokenizer.from_folder(self.folder)
+            except FileNotFoundError as error:
+                raise ValueError(f"Transformer: {error}; or set model.tokenizer") from error
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer) -> None:
+        if not callable(getattr(tokenizer, "check_fits", None)):
+            name = type(tokenizer).__name__
+            raise TypeError(f"Transformer: tokenizer must be a Tokenizer, got {name}")
+        tokenizer.check_fits(self.config)
+        self._tokenizer = tokenizer
+
     def rope_tables(self, max_positions: int) -> RopeTables:
         """The rotary tables, grown if they are shorter than `max_positions`."""
         if self._tables is None or len(self._tables.cos) < max_positions:
@@ -264,7 +300,10 @@ class Transformer(nn.Module):
 
         x = nn.functional.embedding(input_ids.to(self.device), self.tok_embeddings)  # (T, hidden)
         if len(x):
-            layer_caches = [None] * len(self.layers) if cache is None else cache.layers
+            layer_caches = [None] * len(self.layers)
+            if cache is not None:
+                cache.begin(seqlens)
+                layer_caches = cache.layers
             for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
                 x = layer(x, step, tables, layer_cache)
         if cache is not None:

@@ -1,0 +1,140 @@
+"""What the arguments of generation must be, and prompts, seeds and stops as the loop takes them."""
+
+from __future__ import annotations
+
+import math
+import operator
+import secrets
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mistral_kernels.model.cache import KVCache
+from mistral_kernels.model.stop_text import stop_strings
+from mistral_kernels.model.transformer import Transformer
+from mistral_kernels.ops.checks import is_int, is_number
+
+if TYPE_CHECKING:
+    from mistral_kernels.model.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `generate` that hold for all prompts, under their names."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int | None
+    chunk_size: int | None
+    eos_id: int | None
+    prompt_logprobs: bool
+    stop: str | Sequence[str] | None
+    cancel: threading.Event | None
+
+    def check(self, vocab: int) -> None:
+        """Checks every one of them; TypeError or ValueError names it."""
+        for name, minimum in (("max_tokens", 0), ("top_k", 1), ("chunk_size", 1), ("eos_id", 0)):
+            value = getattr(self, name)
+            if value is None and name != "max_tokens":
+                continue
+            if not is_int(value):
+                raise TypeError(f"generate: {name} must be an int, got {type(value).__name__}")
+            if value < minimum:
+                raise ValueError(f"generate: {name} must be >= {minimum}, got {value}")
+        if self.eos_id is not None and self.eos_id >= vocab:
+            raise ValueError(f"generate: eos_id must be in [0, {vocab}), got {self.eos_id}")
+        if not isinstance(self.prompt_logprobs, bool):
+            name = type(self.prompt_logprobs).__name__
+            raise TypeError(f"generate: prompt_logprobs must be a bool, got {name}")
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if not is_number(value):
+                raise TypeError(f"generate: {name} must be a float, got {type(value).__name__}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(
+                f"generate: temperature must be finite and >= 0, got {self.temperature}"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"generate: top_p must be in (0, 1], got {self.top_p}")
+        stop_strings(self.stop, "generate: stop")
+        # Whatever answers is_set: multiprocessing has events too.
+        if self.cancel is not None and not callable(getattr(self.cancel, "is_set", None)):
+            name = type(self.cancel).__name__
+            raise TypeError(f"generate: cancel must be a threading.Event, got {name}")
+
+
+def tokenizer_for(model: Transformer, argument: str) -> Tokenizer:
+    """The model's tokenizer; where it has none, the error says that `argument` needs it."""
+    try:
+        return model.tokenizer
+    except ValueError as error:
+        raise ValueError(f"generate: {argument} needs the model's tokenizer: {error}") from error
+
+
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Checks for a list of prompts, before any is looked at."""
+    if isinstance(prompts, (str, bytes)):
+        name = type(prompts).__name__
+        raise TypeError(
+            f"generate: prompts must be a list of prompts, got one {name}: put it into a list"
+        )
+    if not isinstance(prompts, Sequence):
+        name = type(prompts).__name__
+        raise TypeError(f"generate: prompts must be a list of prompts, got {name}")
+
+
+def token_ids(prompt: Prompt, model: Transformer, name: str, *, bos: bool) -> list[int]:
+    """The ids of one prompt, which an error calls `name`; text is encoded, after BOS if `bos`."""
+    if isinstance(prompt, str):
+        ids = _encoded(prompt, tokenizer_for(model, name), name, bos)
+    elif isinstance(prompt, bytes) or not hasattr(prompt, "__iter__"):
+        got = type(prompt).__name__
+        raise TypeError(f"generate: {name} must be a string or a list of token ids, got {got}")
+    else:
+        try:
+            ids = [operator.index(token) for token in prompt]  # numpy's integers too
+        except TypeError as error:
+            raise TypeError(f"generate: {name} must hold ints, got {prompt}") from error
+    if not ids:
+        raise ValueError(f"generate: {name} must hold at least one token, got none")
+    vocab = model.config.vocab
+    for token in ids:
+        if not 0 <= token < vocab:
+            raise ValueError(f"generate: {name} must hold ids in [0, {vocab}), got {token}")
+    return ids
+
+
+def _encoded(text: str, tokenizer: Tokenizer, name: str, bos: bool) -> list[int]:
+    try:
+        text.encode(
+            "utf-8"
+        )  # half a surrogate pair would upset some tokenizers, and vanish in some
+    except UnicodeEncodeError as error:
+        raise ValueError(f"generate: {name} must be Unicode text: {error}") from error
+    return tokenizer.encode(text, bos=bos)
+
+
+def seeds_of(seed: int | Sequence[int] | None, prompts: int) -> list[int]:
+    """One seed a prompt, from the argument `seed`."""
+    if seed is None:
+        seed = secrets.randbits(63)
+    seeds = [seed + i for i in range(prompts)] if is_int(seed) else seed
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence) or not all(map(is_int, seeds)):
+        raise TypeError(f"generate: seed must be an int, a list of ints or None, got {seed!r}")
+    if len(seeds) != prompts:
+        raise ValueError(f"generate: seed must have {prompts} entries, got {len(seeds)}")
+    return [value % 2**64 for value in seeds]
+
+
+def check_cache(cache: KVCache, prompts: int) -> None:
+    """Checks that a given cache is one, with a place for each prompt."""
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"generate: cache must be a KVCache, got {type(cache).__name__}")
+    if cache.batch != prompts:
+        raise ValueError(
+            f"generate: cache must have one place for each of {prompts} prompts, got {cache.batch}"
+        )
