@@ -109,6 +109,7 @@ class Sampling(NamedTuple):
     top_k: int | None
     seed: int | None
     chunk_size: int | None
+    stop: tuple[str, ...]
 
 
 @app.command()
@@ -125,6 +126,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     chunk_size: Annotated[
         int | None, typer.Option(help="Read the prompt in pieces of this many tokens.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given repeatedly.")
     ] = None,
     lora: Annotated[Path | None, typer.Option(help="Adapter to merge into the weights.")] = None,
     lora_scaling: Annotated[float, typer.Option(help="Factor of the adapter.")] = 2.0,
@@ -145,8 +149,10 @@ def generate(
     text = _read_prompt(prompt, prompt_file)
 
     from mistral_kernels import ModelConfig, Transformer
+    from mistral_kernels.model.stop_text import stop_strings
     from mistral_kernels.model.tokenizer import Tokenizer
 
+    stops = stop_strings(stop, "--stop")
     folder = folder or TINY_MIXTRAL
     config = ModelConfig.from_folder(folder, layout)
     tokenizer = Tokenizer.from_folder(folder)
@@ -154,9 +160,10 @@ def generate(
     model = Transformer.from_folder(
         folder, device=_device(device), dtype=_dtype(dtype), backend=backend, layout=layout
     )
+    model.tokenizer = tokenizer
     if lora is not None:
         model.load_lora(lora, scaling=lora_scaling)
-    sampling = Sampling(max_tokens, temperature, top_p, top_k, seed, chunk_size)
+    sampling = Sampling(max_tokens, temperature, top_p, top_k, seed, chunk_size, stops)
     result = _continue_text(model, tokenizer, text, sampling, show=not (as_json or stream is False))
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
@@ -221,10 +228,12 @@ def _continue_text(
     from rich.progress import Progress
 
     import mistral_kernels
+    from mistral_kernels.model.stop_text import StopText
     from mistral_kernels.model.tokenizer import TextStream
 
     ids = tokenizer.encode(prompt)
     stream = TextStream(tokenizer, continued=True)
+    before_stop = StopText(sampling.stop)
     pieces, tokens, logprobs, times = [], [], [], [time.perf_counter()]
     hidden = show or not (sys.stderr and sys.stderr.isatty())
     with Progress(console=Console(stderr=True), transient=True, disable=hidden) as progress:
@@ -235,20 +244,21 @@ def _continue_text(
             times.append(time.perf_counter())
             tokens.append(token)
             logprobs.append(logprob)
-            pieces.append(stream.push(token))
+            pieces.append(before_stop.push(stream.push(token)))
             progress.advance(task)
             if show:
                 print(pieces[-1], end="", flush=True)
         times.append(time.perf_counter())
-    pieces.append(stream.finish())
+    pieces.append(before_stop.push(stream.finish()) + before_stop.finish())
     if show:
         print(pieces[-1])
+    ended = before_stop.stopped or len(tokens) < sampling.max_tokens
     return {
         "prompt": prompt,
         "text": "".join(pieces),
         "tokens": tokens,
         "logprobs": logprobs,
-        "finish_reason": "length" if len(tokens) == sampling.max_tokens else "stop",
+        "finish_reason": "stop" if ended else "length",
         "timings": _timings(len(ids), len(tokens), times),
     }
 

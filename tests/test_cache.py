@@ -100,6 +100,16 @@ def test_rollback_refuses_what_the_ring_has_lost():
     assert cache.lengths == [10]
 
 
+def test_rollback_of_everything_empties_a_place():
+    model = random_model(windows=(4, None))
+    cache = model.new_cache(1, 32, page_size=1)
+    (prompt,) = random_prompts([12])
+    feed(model, cache, [prompt], [12])
+    cache.rollback(12)
+    got = torch.cat([feed(model, cache, [prompt], [n])[0] for n in (3, 1, 8)])
+    torch.testing.assert_close(got, feed(model, None, [prompt], [12])[0])
+
+
 @pytest.mark.parametrize(
     ("kwargs", "exception", "message"),
     [

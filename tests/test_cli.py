@@ -68,6 +68,24 @@ def test_max_tokens_cuts_the_same_text():
     assert cut["timings"]["decode_tokens_per_s"] is None
 
 
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_text_ends_before_a_stop(stream):
+    stops = ["--stop", "nowhere", "--stop", "n by a"]
+    ended = run_cli("generate", "--prompt", PROMPT, stream, "--device", "cpu", *stops)
+    assert (ended.status, ended.out) == (0, " a small pad wor\n")
+
+
+def test_a_stop_counts_as_such_at_the_last_token_too():
+    stopped = generate_json("--prompt", PROMPT, "--stop", "pad worn")
+    assert stopped["text"] == " a small " and stopped["finish_reason"] == "stop"
+    tokens = stopped["tokens"]
+    assert tokens == generate_json("--prompt", PROMPT)["tokens"][: len(tokens)]
+    last = generate_json("--prompt", PROMPT, "--stop", "pad worn", "--max-tokens", len(tokens))
+    assert last["text"] == " a small " and last["finish_reason"] == "stop"
+    held = generate_json("--prompt", PROMPT, "--stop", " pad worn", "--max-tokens", len(tokens) - 1)
+    assert held["text"].endswith(" pad") and held["finish_reason"] == "length"
+
+
 def test_seed_repeats_a_sample():
     options = ["--prompt", PROMPT, "--temperature", 1.5, "--max-tokens", 20, "--seed"]
     first, again, other = (generate_json(*options, seed) for seed in (1, 1, 2))

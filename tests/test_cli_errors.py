@@ -54,6 +54,7 @@ def folder(tmp_path) -> Path:
         (["generate", "--prompt", "a", "--top-p", "2"], ["top_p", "2"]),
         (["generate", "--prompt", "a", "--top-k", "0"], ["top_k", "0"]),
         (["generate", "--prompt", "a", "--chunk-size", "0"], ["chunk_size", "0"]),
+        (["generate", "--prompt", "a", "--stop", ""], ["--stop must not hold an empty string"]),
         (["generate", "--prompt", "a", "--lora", "/nowhere"], ["/nowhere"]),
         (["info", "extra"], ["extra"]),
     ],
