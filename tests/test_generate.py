@@ -65,7 +65,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_fed(model):
     cache = model.new_cache(1, 8)
     with pytest.raises(ValueError, match="one place for each of 2 prompts, got 1"):
         generate([[1], [2]], model, max_tokens=1, cache=cache)
-    with pytest.raises(ValueError, match="would reach 9 tokens"):
+    with pytest.raises(ValueError, match="generate: cache: sequence 0 would reach 9 tokens"):
         generate([[1, 2, 3]], model, max_tokens=7, cache=cache)
     with pytest.raises(TypeError, match="cache must be a KVCache"):
         generate([[1]], model, max_tokens=1, cache="ring")

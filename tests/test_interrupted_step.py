@@ -71,7 +71,9 @@ def test_a_place_that_an_interrupted_step_spoilt_is_refused_until_emptied(model,
     with pytest.raises(KeyboardInterrupt):
         feed(model, cache, prompts, [6, 2])
     assert cache.lengths == [3, 3]
-    message = r"sequence 0 was interrupted .* empty its place with cache.reset\(0\)"
+    message = (
+        r"generate: cache: sequence 0 was interrupted .* empty its place with cache.reset\(0\)"
+    )
     with pytest.raises(ValueError, match=message):
         generate([[1], [2]], model, max_tokens=1, cache=cache)
     # The other place lost nothing, and the first is as good as new once emptied.

@@ -103,17 +103,20 @@ class KVCache:
         """Bytes of all keys and values."""
         return sum(2 * layer.k.numel() * layer.k.element_size() for layer in self.layers)
 
-    def check_room(self, seqlens: Sequence[int]) -> None:
-        """Refuses tokens that a sequence has no room or no keys for, before anything is written."""
+    def check_room(self, seqlens: Sequence[int], name: str = "forward") -> None:
+        """Refuses tokens that a sequence has no room or no keys for, before anything is written.
+
+        `name` stands in front of the error.
+        """
         for b, (length, tokens) in enumerate(zip(self.lengths, seqlens, strict=True)):
             if tokens and self._lost_keys(b, length):
                 raise ValueError(
-                    f"forward: sequence {b} was interrupted in a step that had overwritten keys"
+                    f"{name}: sequence {b} was interrupted in a step that had overwritten keys"
                     f" which its next token must see; empty its place with cache.reset({b})"
                 )
             if length + tokens > self.max_tokens:
                 raise ValueError(
-                    f"forward: sequence {b} would reach {length + tokens} tokens, but the cache"
+                    f"{name}: sequence {b} would reach {length + tokens} tokens, but the cache"
                     f" was made for max_tokens={self.max_tokens}"
                 )
 

@@ -126,9 +126,9 @@ def generate(
             token that completes it is returned: `StopText` cuts the text. Prompts are not searched,
             and control tokens have no text. Needs `model.tokenizer`.
         cache: from `model.new_cache`, with one place a prompt: prompt i continues the tokens that
-            place i holds, a text without a begin-of-text id unless the place is empty. Afterwards a
-            place holds its prompt and new tokens too, all but the last drawn, which was not fed.
-            None: every prompt starts afresh.
+            place i holds; a text is encoded on its own, with a begin-of-text id only in an empty
+            place. Afterwards a place holds its prompt and new tokens too, all but the last drawn,
+            which was not fed. None: every prompt starts afresh.
         on_token: called with (sequence, token, logprob) of everything that `stream` would yield, as
             it is drawn. What it raises ends the generation and reaches the caller.
         cancel: once it is set, by any thread, by on_token or by a signal handler, no further step
@@ -187,7 +187,8 @@ def _sequences(
         sequences.append(_Sequence(index, ids, seeds[index], eos_id, text, StopText(settings.stop)))
     if cache is not None:
         # The last token drawn is not fed.
-        cache.check_room([len(s.pending) + max(settings.max_tokens - 1, 0) for s in sequences])
+        fed = [len(s.pending) + max(settings.max_tokens - 1, 0) for s in sequences]
+        cache.check_room(fed, "generate: cache")
     return sequences
 
 
