@@ -146,16 +146,28 @@ def test_logits_that_are_not_finite_are_reported():
 @pytest.mark.parametrize(
     ("changes", "exception", "message"),
     [
-        ({"prompts": [[1], []]}, ValueError, "prompts[1] must hold at least one"),
-        ({"prompts": [[1, 32]]}, ValueError, "ids in [0, 32), got 32"),
-        ({"prompts": [[-1]]}, ValueError, "ids in [0, 32), got -1"),
-        ({"prompts": [[1.5]]}, TypeError, "must hold ints, got [1.5]"),
-        ({"prompts": 5}, TypeError, "prompts must be a list of prompts, got int"),
+        ({"encoded_prompts": [[1], []]}, ValueError, "encoded_prompts[1] must hold at least one"),
+        ({"encoded_prompts": [[1, 32]]}, ValueError, "ids in [0, 32), got 32"),
+        ({"encoded_prompts": [[-1]]}, ValueError, "ids in [0, 32), got -1"),
+        ({"encoded_prompts": [[1.5]]}, TypeError, "must hold ints, got [1.5]"),
+        ({"encoded_prompts": 5}, TypeError, "encoded_prompts must be a list of prompts, got int"),
         ({"prompt_logprobs": 3}, TypeError, "prompt_logprobs must be a bool, got int"),
-        ({"prompts": [1, 2]}, TypeError, "prompts[0] must be a string or a list"),
-        ({"prompts": "text"}, TypeError, "must be a list of prompts, got one str: put it into a"),
-        ({"prompts": [b"text"]}, TypeError, "prompts[0] must be a string or a list of token ids"),
-        ({"prompts": ["text"]}, ValueError, "prompts[0] needs the model's tokenizer: "),
+        ({"encoded_prompts": [1, 2]}, TypeError, "encoded_prompts[0] must be a string or a list"),
+        (
+            {"encoded_prompts": "text"},
+            TypeError,
+            "a list of prompts, got one str: put it",
+        ),
+        (
+            {"encoded_prompts": [b"text"]},
+            TypeError,
+            "encoded_prompts[0] must be a string or a list of token ids",
+        ),
+        (
+            {"encoded_prompts": ["text"]},
+            ValueError,
+            "encoded_prompts[0] needs the model's tokenizer: ",
+        ),
         ({"stop": "\n"}, ValueError, "stop needs the model's tokenizer: Transformer: a model that"),
         ({"stop": ["a", ""]}, ValueError, "stop must not hold an empty string, got ['a', '']"),
         ({"stop": 5}, TypeError, "stop must be a string or a list of strings, got 5"),
@@ -179,6 +191,6 @@ def test_logits_that_are_not_finite_are_reported():
 )
 @pytest.mark.parametrize("function", [generate, stream])
 def test_bad_input(model, function, changes, exception, message):
-    arguments = {"prompts": [[1, 2]], "max_tokens": 1} | changes
+    arguments = {"encoded_prompts": [[1, 2]], "max_tokens": 1} | changes
     with pytest.raises(exception, match=re.escape(message)):
-        function(arguments.pop("prompts"), model, **arguments)
+        function(arguments.pop("encoded_prompts"), model, **arguments)

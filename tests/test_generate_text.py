@@ -65,7 +65,9 @@ def test_a_text_in_a_cache_begins_only_an_empty_place(model):
     assert got[0] == expected[0]
     for scores, right in zip(got[1], expected[1], strict=True):
         assert scores == pytest.approx(right, abs=1e-4)
-    with pytest.raises(ValueError, match=re.escape("prompts[0] must hold at least one token")):
+    with pytest.raises(
+        ValueError, match=re.escape("encoded_prompts[0] must hold at least one token")
+    ):
         generate(["", "a"], model, max_tokens=1, cache=cache)
 
 
@@ -156,7 +158,7 @@ def test_what_no_tokenizer_means(tmp_path):
 
 
 def test_half_a_character_is_refused(model):
-    with pytest.raises(ValueError, match=re.escape("prompts[1] must be Unicode text")):
+    with pytest.raises(ValueError, match=re.escape("encoded_prompts[1] must be Unicode text")):
         generate(["a", "caf\udce9"], model, max_tokens=1)
 
 

@@ -61,7 +61,7 @@ class _Sequence:
 
 
 def stream(
-    prompts: Sequence[Prompt],
+    encoded_prompts: Sequence[Prompt],
     model: Transformer,
     *,
     max_tokens: int,
@@ -85,11 +85,11 @@ def stream(
     settings = Settings(
         max_tokens, temperature, top_p, top_k, chunk_size, eos_id, prompt_logprobs, stop, cancel
     )
-    return _run(model, _sequences(prompts, model, settings, seed, cache), settings, cache)
+    return _run(model, _sequences(encoded_prompts, model, settings, seed, cache), settings, cache)
 
 
 def generate(
-    prompts: Sequence[Prompt],
+    encoded_prompts: Sequence[Prompt],
     model: Transformer,
     *,
     max_tokens: int,
@@ -108,8 +108,8 @@ def generate(
     """Continues prompts.
 
     Args:
-        prompts: texts, token ids, or some of each; none without tokens, lengths free. A text is
-            encoded by `model.tokenizer`, with its begin-of-text id in front.
+        encoded_prompts: token ids of each prompt, or texts, or some of each; none empty, lengths
+            free. A text is encoded by `model.tokenizer`, with its begin-of-text id in front.
         model: at most its `max_batch_size` sequences run at once; others join as places free up.
         max_tokens: new tokens a sequence, >= 0.
         temperature: 0 for greedy; otherwise it divides the logits.
@@ -150,7 +150,7 @@ def generate(
     settings = Settings(
         max_tokens, temperature, top_p, top_k, chunk_size, eos_id, prompt_logprobs, stop, cancel
     )
-    sequences = _sequences(prompts, model, settings, seed, cache)
+    sequences = _sequences(encoded_prompts, model, settings, seed, cache)
     # A prompt's own tokens, which stream yields in front, are not returned.
     own = [len(sequence.pending) - 1 if prompt_logprobs else 0 for sequence in sequences]
     tokens: list[list[int]] = [[] for _ in sequences]
@@ -164,7 +164,7 @@ def generate(
 
 
 def _sequences(
-    prompts: Sequence[Prompt],
+    encoded_prompts: Sequence[Prompt],
     model: Transformer,
     settings: Settings,
     seed: int | Sequence[int] | None,
@@ -172,14 +172,14 @@ def _sequences(
 ) -> list[_Sequence]:
     """The prompts, ready to run. All arguments are checked here, before anything is fed."""
     settings.check(model.config.vocab)
-    check_prompts(prompts)
+    check_prompts(encoded_prompts)
     if cache is not None:
-        check_cache(cache, len(prompts))
-    seeds = seeds_of(seed, len(prompts))
+        check_cache(cache, len(encoded_prompts))
+    seeds = seeds_of(seed, len(encoded_prompts))
     sequences = []
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(encoded_prompts):
         fresh = cache is None or cache.lengths[index] == 0
-        ids = token_ids(prompt, model, f"prompts[{index}]", bos=fresh)
+        ids = token_ids(prompt, model, f"encoded_prompts[{index}]", bos=fresh)
         eos_id = settings.eos_id
         if eos_id is None and isinstance(prompt, str):
             eos_id = model.tokenizer.eos_id

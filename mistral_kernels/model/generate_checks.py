@@ -80,11 +80,12 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
     if isinstance(prompts, (str, bytes)):
         name = type(prompts).__name__
         raise TypeError(
-            f"generate: prompts must be a list of prompts, got one {name}: put it into a list"
+            "generate: encoded_prompts must be a list of prompts,"
+            f" got one {name}: put it into a list"
         )
     if not isinstance(prompts, Sequence):
         name = type(prompts).__name__
-        raise TypeError(f"generate: prompts must be a list of prompts, got {name}")
+        raise TypeError(f"generate: encoded_prompts must be a list of prompts, got {name}")
 
 
 def token_ids(prompt: Prompt, model: Transformer, name: str, *, bos: bool) -> list[int]:
