@@ -1,13 +1,22 @@
 """Configurations that are refused: the file and the key are named."""
 
 import json
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import huggingface_config, native_params, tiny_config
+from checkpoints import (
+    huggingface_config,
+    native_params,
+    tiny_config,
+    write_huggingface,
+    write_native,
+)
 
+from mistral_kernels import Transformer
 from mistral_kernels.model.config import ModelConfig, QueryScale, Yarn
 
 NUMBERS = [float("nan"), float("inf"), -1, True, "1", [1], 0]
@@ -20,7 +29,7 @@ NATIVE = [
     ("sliding_window", [4, -2], "sliding_window: expected a window >= 1"),
     *((key, None, f"{key}: missing") for key in ("dim", "n_layers", "n_heads", "n_kv_heads")),
     *((key, None, f"{key}: missing") for key in ("hidden_dim", "vocab_size", "norm_eps")),
-    ("n_layers", 10**9, "n_layers: expected an integer from 1 to 1024"),
+    ("n_layers", 10**9, "n_layers: expected an integer from 1 to 256"),
     ("n_kv_heads", 3, "q_heads 4 is not a multiple of kv_heads 3"),
     ("head_dim", 7, "head_dim: expected an even number, got 7"),
     ("tied_embeddings", 1, "tied_embeddings: expected true or false"),
@@ -133,3 +142,49 @@ def test_fields_of_rope_scaling() -> None:
         Yarn(0, 16, 32.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="QueryScale: original_max_positions: expected >= 1"):
         QueryScale(0.1, 0)
+
+
+SIZES = {
+    "params.json": ["dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads"]
+    + ["vocab_size", "norm_eps", "rope_theta", "max_seq_len"],
+    "config.json": ["hidden_size", "num_hidden_layers", "head_dim", "intermediate_size"]
+    + ["num_attention_heads", "num_key_value_heads", "vocab_size", "rms_norm_eps"]
+    + ["max_position_embeddings", "num_local_experts", "num_experts_per_tok"],
+}
+ABSURD = [0, -1, 10**400, math.nan, math.inf, -math.inf, True, "8", [8], {}]
+NUMBERS_OF_ANY_SIZE = {"norm_eps", "rms_norm_eps", "rope_theta"}
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [(name, key) for name, keys in SIZES.items() for key in keys]
+)
+def test_absurd_values_name_their_key(tmp_path: Path, name: str, key: str) -> None:
+    config = tiny_config(experts=4, top_k=2)
+    values = native_params(config) if name == "params.json" else huggingface_config(config)
+    for value in ABSURD if key in NUMBERS_OF_ANY_SIZE else [*ABSURD, 2**40]:
+        (tmp_path / name).write_text(json.dumps(values | {key: value}))
+        # There are no weights: a value that passes is answered with another error.
+        with pytest.raises(ValueError, match=rf"{name}: {key}: expected"):
+            Transformer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden": 2**31 - 1, "ffn_dim": 2**31 - 1},
+        {"vocab": 2**31 - 1},
+        {"q_heads": 2**30, "head_dim": 2**30},
+        {"layers": 256, "experts": 64, "top_k": 64, "ffn_dim": 2**31 - 1},
+    ],
+    ids=["wide", "vocab", "heads", "deep"],
+)
+@pytest.mark.parametrize("write", [write_native, write_huggingface])
+def test_sizes_that_no_machine_holds(tmp_path: Path, write: Callable, changes: dict) -> None:
+    # The weights of a small model: what they contradict must not be allocated first.
+    write(tmp_path, tiny_config())
+    name, describe = ("params.json", native_params)
+    if write is write_huggingface:
+        name, describe = ("config.json", huggingface_config)
+    (tmp_path / name).write_text(json.dumps(describe(tiny_config(**changes))))
+    with pytest.raises(ValueError, match="expected shape|not a tensor of this model"):
+        Transformer.from_folder(tmp_path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mistral_kernels.model.config_formats import huggingface_fields, native_fields
+from mistral_kernels.model.families import known_fields
 from mistral_kernels.model.json_fields import read_json
 
 Layout = Literal["native", "huggingface"]
@@ -128,6 +129,22 @@ class ModelConfig:
             )
 
     @classmethod
+    def known(cls, name: str) -> "ModelConfig":
+        """The configuration of a published model, in the native layout (`interleaved`).
+
+        Args:
+            name: its name on the hub, as "mistral-7b-v0.3" or "mistralai/Mistral-7B-v0.3".
+
+        Returns:
+            The configuration; of a multimodal model, of its text part.
+
+        Raises:
+            TypeError: the name is no string.
+            ValueError: no supported model has this name; the closest names are listed.
+        """
+        return cls._from_fields(known_fields(name))
+
+    @classmethod
     def from_native(cls, params: dict[str, Any]) -> "ModelConfig":
         """Reads the contents of a `params.json`; ValueErrors name the key."""
         return cls._from_fields(native_fields(params))
@@ -145,6 +162,23 @@ class ModelConfig:
             yarn=Yarn(**yarn) if yarn else None,
             q_scale=QueryScale(**q_scale) if q_scale else None,
         )
+
+    def num_parameters(self, *, active: bool = False) -> int:
+        """Counts the parameters, from the shapes alone.
+
+        Args:
+            active: only those that one token meets: of each layer's experts `top_k`.
+
+        Returns:
+            Their number; an embedding that is also the output counts once.
+        """
+        attention = 2 * (self.q_heads + self.kv_heads) * self.head_dim * self.hidden
+        feed_forward = 3 * self.hidden * self.ffn_dim
+        if self.experts:
+            gate = self.experts * self.hidden
+            feed_forward = gate + (self.top_k if active else self.experts) * feed_forward
+        ends = self.vocab * self.hidden * (1 if self.tied_embeddings else 2) + self.hidden
+        return self.layers * (attention + feed_forward + 2 * self.hidden) + ends
 
     @classmethod
     def from_folder(cls, folder: str | Path, layout: Layout | None = None) -> "ModelConfig":

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from mistral_kernels.model.json_fields import REQUIRED, JsonFields
 
-# Far above any published model (88 layers, 128 experts), and small enough that a corrupt number
-# cannot fill the memory with tables before the checkpoint contradicts it.
-MAX_LAYERS = MAX_EXPERTS = 1024
+# Above every model that is published or merged from several, and small enough that the table of a
+# checkpoint's tensors is made in a second before the checkpoint contradicts a corrupt number.
+MAX_LAYERS, MAX_EXPERTS = 256, 64
 
 MLA = "MLA (multi-head latent attention) models are not supported"
 MAMBA = "Mamba models are not supported"
@@ -110,13 +110,18 @@ class ClassDefaults(NamedTuple):
     window: int | None
     max_positions: int
     head_dim: int | None
+    layers: int = 32
+    vocab: int = 32000
+    hidden: int = 4096
+    q_heads: int = 32
+    ffn_dim: int = 14336
 
 
 HUGGINGFACE_DEFAULTS = {
     "mistral": ClassDefaults(1e-6, 1e4, 4096, 131072, None),
     "mixtral": ClassDefaults(1e-5, 1e6, None, 131072, None),
     "ministral": ClassDefaults(1e-6, 1e4, 4096, 131072, None),
-    "ministral3": ClassDefaults(1e-5, 1e4, None, 262144, 128),
+    "ministral3": ClassDefaults(1e-5, 1e4, None, 262144, 128, layers=34, vocab=131072),
 }
 
 # Ministral3Config's rope where config.json has none at all.
@@ -159,8 +164,16 @@ def huggingface_fields(config: dict[str, Any]) -> dict[str, Any]:
     fields = JsonFields(config)
     text, model_type = _text_part(fields)
     defaults = HUGGINGFACE_DEFAULTS[model_type]
-    hidden, q_heads = text.integer("hidden_size"), text.integer("num_attention_heads")
-    layers = text.integer("num_hidden_layers", maximum=MAX_LAYERS)
+
+    def size(key: str, default: int, **limits: int) -> int:
+        # transformers 4 left out of a text_config what equals its class's default, as Pixtral 12B's
+        # 32 heads; at the top it wrote every size.
+        left_out = text is not fields and key not in text
+        return text.integer(key, default if left_out else REQUIRED, **limits)
+
+    hidden = size("hidden_size", defaults.hidden)
+    q_heads = size("num_attention_heads", defaults.q_heads)
+    layers = size("num_hidden_layers", defaults.layers, maximum=MAX_LAYERS)
     # An absent num_key_value_heads is the class's 8, a null one means no grouping.
     kv_heads = text.integer("num_key_value_heads", q_heads if "num_key_value_heads" in text else 8)
     is_moe = model_type == "mixtral"
@@ -176,15 +189,12 @@ def huggingface_fields(config: dict[str, Any]) -> dict[str, Any]:
         "q_heads": q_heads,
         "kv_heads": kv_heads,
         "head_dim": _head_dim(text, hidden, q_heads, defaults.head_dim),
-        "ffn_dim": text.integer("intermediate_size"),
-        "vocab": text.integer("vocab_size"),
+        "ffn_dim": size("intermediate_size", defaults.ffn_dim),
+        "vocab": size("vocab_size", defaults.vocab),
         "norm_eps": text.number("rms_norm_eps", defaults.norm_eps),
         "rope_theta": rope.number("rope_theta", text.number("rope_theta", defaults.rope_theta)),
         "windows": _huggingface_windows(text, layers, defaults.window),
-        # A multimodal folder says it at the top (transformers 5) or in its text part (4).
-        "tied_embeddings": fields.flag(
-            "tie_word_embeddings", text.flag("tie_word_embeddings", False)
-        ),
+        "tied_embeddings": _tied_embeddings(fields, text),
         "experts": text.integer("num_local_experts", 8, maximum=MAX_EXPERTS) if is_moe else 0,
         "top_k": text.integer("num_experts_per_tok", 2) if is_moe else 0,
         "yarn": _huggingface_yarn(rope, original, max_positions),
@@ -213,6 +223,15 @@ def _text_part(fields: JsonFields) -> tuple[JsonFields, str]:
     text.refuse("attention_bias", "biases are not supported")
     text.refuse("mlp_bias", "biases are not supported")
     return text, model_type
+
+
+def _tied_embeddings(fields: JsonFields, text: JsonFields) -> bool:
+    """Whether the output is the embedding, as said at the top, in the text part, or in both."""
+    key = "tie_word_embeddings"
+    said = [part.flag(key, False) for part in (fields, text) if part.get(key, None) is not None]
+    # Mistral3Config ties unless told otherwise, so what transformers 5 saves of a Mistral Small 3.1
+    # with its own output says true at the top and false below. For Llava either word is enough.
+    return bool(said) and (all if fields.get("model_type") == "mistral3" else any)(said)
 
 
 def _rope_section(text: JsonFields, model_type: str) -> JsonFields:
