@@ -13,7 +13,7 @@ from mistral_kernels.model.json_fields import REQUIRED, JsonFields
 
 # Above every model that is published or merged from several, and small enough that the table of a
 # checkpoint's tensors is made in a second before the checkpoint contradicts a corrupt number.
-MAX_LAYERS, MAX_EXPERTS = 256, 64
+MAX_LAYERS, MAX_EXPERTS = 256, 128
 
 MLA = "MLA (multi-head latent attention) models are not supported"
 MAMBA = "Mamba models are not supported"

@@ -94,7 +94,7 @@ SHAPES: list[tuple[str, dict[str, Any]]] = [
         _shape(4096, 32, 32, 14336, 32000, 1e6, 32768),
     ),
     (
-        # litgpt gives Mathstral a window of 4096; three copies of its config.json give none.
+        # litgpt gives Mathstral a window of 4096; two copies of its config.json give none.
         "mistral-7b-v0.3 mistral-7b-instruct-v0.3 mathstral-7b-v0.1",
         _shape(4096, 32, 32, 14336, 32768, 1e6, 32768),
     ),
