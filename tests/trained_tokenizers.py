@@ -1,6 +1,8 @@
 """Small tokenizers in the forms that checkpoints come in, made on the spot."""
 
 import json
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import mistral_common
@@ -42,6 +44,11 @@ def special(text: str) -> AddedToken:
 
 def byte_level() -> Backend:
     """Tekken's form in a tokenizer.json: its split, byte-level BPE, control tokens first."""
+    return Backend.from_str(_trained())
+
+
+@cache
+def _trained() -> str:
     backend = Backend(BPE())
     pattern = json.loads(TEKKEN.read_text(encoding="utf-8"))["config"]["pattern"]
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -56,15 +63,15 @@ def byte_level() -> Backend:
         vocab_size=500, special_tokens=CONTROL, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(TEXTS * 2, trainer)
-    return begins(backend, "<s>")
+    return begins(backend, "<s>").to_str()
 
 
-def sentencepiece_form(form: str = "metaspace", path: Path = TINY) -> Backend:
-    """A tokenizer.model converted to a tokenizer.json, "metaspace" as v0.3's or "prepend" as v0.1's.
+def sentencepiece_form(form: str = "metaspace", control: Sequence[str] = CONTROL) -> Backend:
+    """The embedded tokenizer as a tokenizer.json, in the form "metaspace" of v0.3 or "prepend" of v0.1.
 
     A SentencePiece BPE merges the pair whose result has the lowest id first.
     """
-    model = SentencePieceProcessor(model_file=str(path))
+    model = SentencePieceProcessor(model_file=str(TINY))
     vocab = {model.id_to_piece(token): token for token in range(model.vocab_size())}
     merges = [
         (piece[:cut], piece[cut:])
@@ -87,12 +94,12 @@ def sentencepiece_form(form: str = "metaspace", path: Path = TINY) -> Backend:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    backend.add_special_tokens([special(text) for text in CONTROL])
+    backend.add_special_tokens([special(text) for text in control])
     return begins(backend, "<s>")
 
 
 def write_folder(folder: Path, backend: Backend, **config: object) -> Path:
-    """Write tokenizer.json and tokenizer_config.json (bos, eos and these keys); return the folder."""
+    """Write tokenizer.json and tokenizer_config.json with these keys; return the folder."""
     folder.mkdir(exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>"} | config
@@ -110,7 +117,7 @@ def write_tekken(path: Path, version: str = "v3", tokens: int = 2000) -> Path:
         names += ["[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]"]
         names += ["[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]"]
         names += ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]", "[ARGS]", "[CALL_ID]"]
-        names += ["[THINK]", "[/THINK]"]
+        names += ["[THINK]", "[/THINK]"] if version == "v13" else []
         values["special_tokens"] = [
             {"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(names)
         ]
