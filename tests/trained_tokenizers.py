@@ -67,7 +67,7 @@ def _trained() -> str:
 
 
 def sentencepiece_form(form: str = "metaspace", control: Sequence[str] = CONTROL) -> Backend:
-    """The embedded tokenizer as a tokenizer.json, in the form "metaspace" of v0.3 or "prepend" of v0.1.
+    """The embedded tokenizer as a tokenizer.json: "metaspace" as in v0.3, "prepend" as in v0.1.
 
     A SentencePiece BPE merges the pair whose result has the lowest id first.
     """
