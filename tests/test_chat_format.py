@@ -129,6 +129,7 @@ def test_the_file_is_read_once(tmp_path, monkeypatch):
         ([HELLO, ANSWER | {"tool_calls": []}, HELLO], ["messages[1]", "tool_calls"]),
         ([HELLO | {"role": "tool"}], ["messages[0]", "role", "'tool'"]),
         ([HELLO | {"role": ["user"]}], ["messages[0]", "role", "['user']"]),
+        ([HELLO | {"content": "caf\udce9"}], ["messages[0]", "not Unicode text"]),
         ([HELLO | {"content": None}], ["messages[0]", "content", "None"]),
         ([HELLO | {"content": [{"type": "text", "text": "a"}]}], ["content", "expected a text"]),
         ([HELLO, ANSWER | {"content": ""}, HELLO], ["not a conversation", "model.v1"]),

@@ -43,7 +43,7 @@ def check_conversation(messages: Messages) -> list[dict[str, str]]:
     """Return the messages as plain dictionaries, after checking their form.
 
     Raises:
-        ValueError: a message is not a role of `ROLES` with a text, or the last is not the user's.
+        ValueError: a message is not a role of `ROLES` with a text; the last is not the user's.
     """
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
@@ -58,6 +58,10 @@ def check_conversation(messages: Messages) -> list[dict[str, str]]:
             raise ValueError(
                 f"messages[{number}]: content: expected a text, got {message['content']!r:.80}"
             )
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair
+            raise ValueError(f"messages[{number}]: content: not Unicode text: {error}") from error
     last = messages[-1]["role"] if messages else None
     if last != "user":
         raise ValueError(f"messages: expected the last one to be the user's, got {last!r}")

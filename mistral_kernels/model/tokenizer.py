@@ -197,7 +197,7 @@ def _settle(
         raise ValueError(
             f"{folder}: {tekken.path.name} has {tekken.vocab} tokens, {sentencepiece.path.name} has"
             f" {sentencepiece.vocab}, the model's vocab is {vocab}: delete the one that is not the"
-            " model's, or in Python choose one with Tokenizer(path)"
+            " model's, or in Python set model.tokenizer = Tokenizer(path)"
         )
     logger.warning(
         "%s: both %s and %s are there; %s is read",
