@@ -14,9 +14,10 @@ from tiny_models import random_model
 from mistral_kernels import Transformer, generate, stream
 from mistral_kernels.model import TINY_MIXTRAL
 from mistral_kernels.model.stop_text import StopText
-from mistral_kernels.model.tokenizer import TextStream, Tokenizer, find_tokenizer
+from mistral_kernels.model.tokenizer import TextStream, Tokenizer
 
 SHIPPED = Path(mistral_common.__file__).parent / "data"
+TINY = TINY_MIXTRAL / "tokenizer.model.v1"
 TEXTS = ["whistle:", "a bell or a gong made of metal", ""]
 
 
@@ -102,9 +103,7 @@ def test_the_token_that_completes_a_stop_is_not_fed(model):
     assert cache.lengths == [len(model.tokenizer.encode("whistle:")) + len(tokens) - 1]
 
 
-@pytest.mark.parametrize(
-    "path", [find_tokenizer(TINY_MIXTRAL), SHIPPED / "tekken_240718.json"], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("path", [TINY, SHIPPED / "tekken_240718.json"], ids=lambda p: p.name)
 @pytest.mark.parametrize("stop", ["🙂", "ï", "ve 🙂\n", "🙂\n\nN", "naïve 🙂\n\nNext"])
 def test_stops_of_several_bytes_and_tokens(monkeypatch, path, stop):
     tokenizer, text = Tokenizer(path), "so naïve 🙂\n\nNext one"
@@ -132,7 +131,7 @@ def test_stops_of_several_bytes_and_tokens(monkeypatch, path, stop):
 def test_the_tokenizer_is_read_at_first_use_and_can_be_set():
     model = Transformer.from_folder(TINY_MIXTRAL, device="cpu")
     first = model.tokenizer
-    assert first is model.tokenizer and first.path == find_tokenizer(TINY_MIXTRAL)
+    assert first is model.tokenizer and first.path == TINY
     model.tokenizer = other = Tokenizer(first.path)
     assert model.tokenizer is other
     with pytest.raises(ValueError, match="131072 tokens do not fit a model of vocab 2048"):

@@ -1,4 +1,4 @@
-"""Tokenizers: which file of a folder is read, round trips, and text that arrives token by token.
+"""Tokenizers of mistral-common: round trips, and text that arrives token by token.
 
 The tokenizers are those that the mistral-common wheel ships, and the embedded model's own. The
 oracle of decoding is mistral-common's own decode of all tokens at once.
@@ -7,18 +7,14 @@ oracle of decoding is mistral-common's own decode of all tokens at once.
 import logging
 import random
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
-import mistral_common
 import pytest
+from trained_tokenizers import SHIPPED, TEKKEN, TEXTS, TINY
 
-import mistral_kernels
-from mistral_kernels.model.tokenizer import TextStream, Tokenizer, find_tokenizer
+from mistral_kernels.model.tokenizer import TextStream, Tokenizer
 
-SHIPPED = Path(mistral_common.__file__).parent / "data"
 INSTRUCT = "mistral_instruct_tokenizer"
-TINY = Path(mistral_kernels.__file__).parent / "tiny_mixtral" / "tokenizer.model.v1"
 # name in a checkpoint folder -> (file, version, vocab)
 FILES = {
     "tokenizer.model.v1": (SHIPPED / "tokenizer.model.v1", "v1", 32000),
@@ -26,19 +22,9 @@ FILES = {
     "tokenizer.model.v3": (SHIPPED / f"{INSTRUCT}_240323.model.v3", "v3", 32768),
     "tokenizer.model.v7": (SHIPPED / f"{INSTRUCT}_241114.model.v7", "v7", 32768),
     "tokenizer.model.v7m1": (SHIPPED / f"{INSTRUCT}_241114.model.v7m1", "v7", 32768),
-    "tekken.json": (SHIPPED / "tekken_240718.json", "v3", 131072),
+    "tekken.json": (TEKKEN, "v3", 131072),
     "tokenizer.model": (TINY, "v1", 2048),
 }
-TEXTS = [
-    "The quick brown fox.",
-    "  two  spaces, a\ttab\nand a line ",
-    "Français, Größe, naïve",
-    "Привет, мир. Ελληνικά",
-    "你好，世界 日本語 한국어",
-    "العربية עברית हिन्दी ไทย",
-    "🙂 👩‍👩‍👧‍👦 𝔘𝔫𝔦 é",
-    "\ufffd \x00 [INST] </s>",
-]
 
 
 @pytest.fixture(scope="module", params=FILES)
@@ -52,22 +38,6 @@ def tokenizer(request, tmp_path_factory) -> Tokenizer:
 def stream(tokenizer: Tokenizer, ids: list[int], *, continued: bool = False) -> list[str]:
     text = TextStream(tokenizer, continued=continued)
     return [*map(text.push, ids), text.finish()]
-
-
-def test_a_conversation_has_the_marks_of_its_version(tokenizer):
-    turns = [("user", "Hello"), ("assistant", "Hi"), ("user", "How are you?")]
-    ids = tokenizer.encode_chat([{"role": role, "content": text} for role, text in turns])
-    assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.eos_id) == 1
-    after = tokenizer.decode(ids[ids.index(tokenizer.eos_id) :])
-    # v1 spells its marks as text, later versions have control tokens.
-    assert after.strip() == (
-        "[INST] How are you? [/INST]" if tokenizer.version == "v1" else "How are you?"
-    )
-
-
-def test_what_is_no_conversation_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=f"{tokenizer.path.name}: not a conversation"):
-        tokenizer.encode_chat([{"role": "assistant", "content": "Hi"}])
 
 
 def test_reads_version_vocab_and_ends(tokenizer):
@@ -89,7 +59,7 @@ def test_random_tokens_decode_as_mistral_common_does(tokenizer):
     for _ in range(3000):
         limit = rng.choice([8, 300, 1300, tokenizer.vocab])
         ids = [rng.randrange(limit) for _ in range(rng.randrange(12))]
-        assert tokenizer.decode(ids) == tokenizer._tokens.decode(ids), ids
+        assert tokenizer.decode(ids) == tokenizer._tokens._tokens.decode(ids), ids
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -97,7 +67,7 @@ def test_prompt_and_continuation_join_without_loss(tokenizer, text):
     prompt = tokenizer.encode("Once upon")
     ids = tokenizer.encode(text, bos=False)
     continuation = "".join(stream(tokenizer, ids, continued=True))
-    assert "Once upon" + continuation == tokenizer._tokens.decode(prompt + ids)
+    assert "Once upon" + continuation == tokenizer._tokens._tokens.decode(prompt + ids)
 
 
 def test_a_character_is_shown_whole(tokenizer):
@@ -116,37 +86,6 @@ def test_cut_characters_bad_bytes_and_foreign_ids():
     assert [text.push(token) for token in euro[-3:-1]] == ["", ""]
     assert text.finish() == "\ufffd" * 2 and text.finish() == ""
     assert tokenizer.decode([tokenizer.vocab, -1]) == "\ufffd" * 2
-
-
-@pytest.mark.parametrize(
-    "names, chosen",
-    [
-        (["tokenizer.model", "tokenizer.model.v1"], "tokenizer.model.v1"),
-        (["tokenizer.model.v1", "tokenizer.model.v3", "tokenizer.model.v2"], "tokenizer.model.v3"),
-        (["tokenizer.model.v7", "tokenizer.model.v7m1"], "tokenizer.model.v7m1"),
-        (["tokenizer.model.v3", "tokenizer.model.v11"], "tokenizer.model.v11"),
-        (["tokenizer.model.v7", "tekken.json"], "tekken.json"),
-        (["tokenizer.model", "tokenizer.model.very-old", "tokenizer.json"], "tokenizer.model"),
-    ],
-)
-def test_which_file_wins(tmp_path, names, chosen):
-    for name in names:
-        (tmp_path / name).touch()
-    assert find_tokenizer(tmp_path) == tmp_path / chosen
-
-
-def test_no_tokenizer_names_what_was_looked_for(tmp_path):
-    (tmp_path / "tokenizer.json").touch()
-    with pytest.raises(FileNotFoundError) as error:
-        Tokenizer.from_folder(tmp_path)
-    for part in (
-        str(tmp_path),
-        "tekken.json",
-        "tokenizer.model.v*",
-        "tokenizer.model",
-        "token ids",
-    ):
-        assert part in str(error.value)
 
 
 @pytest.mark.parametrize(

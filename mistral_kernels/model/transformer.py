@@ -203,7 +203,7 @@ class Transformer(nn.Module):
             from mistral_kernels.model.tokenizer import Tokenizer  # loads mistral-common
 
             try:
-                self.tokenizer = Tokenizer.from_folder(self.folder)
+                self.tokenizer = Tokenizer.from_folder(self.folder, self.config)
             except FileNotFoundError as error:
                 raise ValueError(f"Transformer: {error}; or set model.tokenizer") from error
         return self._tokenizer
