@@ -69,7 +69,7 @@ def test_merge(tmp_path: Path, shape: ModelConfig, layout: str, dtype: torch.dty
     else:
         _, expected = parameters_in(tmp_path / "merged", torch.float64)
     config, parameters = parameters_in(tmp_path / "model", dtype)
-    Adapters(config).load(parameters, tmp_path, 0.5)
+    Adapters().load(parameters, config, tmp_path, 0.5)
     # A sum computed in float32 (or float64), then at most one rounding to half a unit.
     exact = 1e-14 if dtype == torch.float64 else 1e-6
     rtol = 2**-8 if dtype == torch.bfloat16 else exact
@@ -80,7 +80,7 @@ def test_merge(tmp_path: Path, shape: ModelConfig, layout: str, dtype: torch.dty
 def test_golden_adapter() -> None:
     config, parameters = parameters_in(GOLDEN / "mistral", torch.float32)
     before = {name: tensor.clone() for name, tensor in parameters.items()}
-    Adapters(config).load(parameters, GOLDEN / "mistral" / "lora.safetensors")
+    Adapters().load(parameters, config, GOLDEN / "mistral" / "lora.safetensors")
     tensors = load_file(GOLDEN / "mistral" / "consolidated.safetensors")
     adapter = load_file(GOLDEN / "mistral" / "lora.safetensors")
     expected = checkpoints.parameters_of(merged_in_float64(tensors, adapter, 2.0), config)
@@ -129,7 +129,7 @@ def assert_refused(path: Path, error: type[Exception], message: str, scaling: fl
     parameters = checkpoints.parameters_of(checkpoints.native_tensors(DENSE), DENSE)
     before = {name: tensor.clone() for name, tensor in parameters.items()}
     with pytest.raises(error, match=message):
-        Adapters(DENSE).load(parameters, path, scaling)
+        Adapters().load(parameters, DENSE, path, scaling)
     assert all(torch.equal(parameters[name], before[name]) for name in before)
 
 

@@ -131,9 +131,9 @@ def merged(
 ) -> dict[str, Tensor]:
     """The float64 parameters of a model with adapters loaded."""
     config, parameters = parameters_in(folder / layout, torch.float64)
-    loaded = Adapters(config)
+    loaded = Adapters()
     for adapter in adapters:
-        loaded.load(parameters, adapter, **options)
+        loaded.load(parameters, config, adapter, **options)
     return parameters
 
 

@@ -43,14 +43,14 @@ def assert_refused(
     parameters = checkpoints.parameters_of(checkpoints.native_tensors(shape), shape)
     before = {name: tensor.clone() for name, tensor in parameters.items()}
     with pytest.raises(error, match=message):
-        Adapters(shape).load(parameters, path)
+        Adapters().load(parameters, shape, path)
     assert all(torch.equal(parameters[name], before[name]) for name in before)
 
 
 def test_the_plain_one_is_taken(tmp_path: Path) -> None:
     parameters = checkpoints.parameters_of(checkpoints.native_tensors(DENSE), DENSE)
     before = parameters["layers.0.attention.wqkv"].clone()
-    Adapters(DENSE).load(parameters, write(tmp_path))
+    Adapters().load(parameters, DENSE, write(tmp_path))
     added = parameters["layers.0.attention.wqkv"] - before
     torch.testing.assert_close(added[:32], torch.full((32, 24), 6.0))
     assert not added[32:].any()
@@ -188,6 +188,6 @@ def test_files(tmp_path: Path) -> None:
 
 def test_unknown_keys_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     parameters = checkpoints.parameters_of(checkpoints.native_tensors(DENSE), DENSE)
-    Adapters(DENSE).load(parameters, write(tmp_path, use_novelty=True, unused=None))
+    Adapters().load(parameters, DENSE, write(tmp_path, use_novelty=True, unused=None))
     assert "unknown keys are ignored: use_novelty" in caplog.text
     assert "unused" not in caplog.text

@@ -37,15 +37,11 @@ class Merged(NamedTuple):
 class Adapters:
     """The adapters in a model's weights, and the weights without them.
 
-    Args:
-        config: the model.
-
     The parameters that the methods take are name to tensor, as `parameter_shapes(config)` has
     them; they are changed in place.
     """
 
-    def __init__(self, config: ModelConfig):
-        self.config = config
+    def __init__(self) -> None:
         self._merged: list[Merged] = []
         self._for_good: list[Path] = []
         self._base: dict[Slab, Tensor] = {}
@@ -54,21 +50,22 @@ class Adapters:
     def load(
         self,
         parameters: Mapping[str, Tensor],
+        config: ModelConfig,
         path: str | Path,
         scaling: float | None = None,
         *,
         weight: float = 1.0,
         keep_base: bool = True,
     ) -> None:
-        """Merges an adapter; see `Transformer.load_lora`."""
+        """Merges an adapter; see `AdaptableModule.load_lora`."""
         for name, value in (("scaling", 1.0 if scaling is None else scaling), ("weight", weight)):
             if not is_number(value):
                 got = type(value).__name__
                 raise TypeError(f"load_lora: {name}: expected a number, got {got}")
             if not math.isfinite(value):
                 raise ValueError(f"load_lora: {name}: expected a finite number, got {value!r}")
-        check_parameters(parameters, self.config)
-        adapter = read_adapter(path, self.config, scaling)
+        check_parameters(parameters, config)
+        adapter = read_adapter(path, config, scaling)
         merged = Merged(_resolved(adapter.file), adapter, weight)
         if merged.file in self._for_good or any(merged.file == m.file for m in self._merged):
             raise ValueError(f"{adapter.file}: already loaded")
@@ -88,9 +85,14 @@ class Adapters:
             self._base.clear()
 
     @torch.no_grad()
-    def unload(self, parameters: Mapping[str, Tensor], path: str | Path | None = None) -> None:
-        """Takes out one adapter or all; see `Transformer.unload_lora`."""
-        check_parameters(parameters, self.config)
+    def unload(
+        self,
+        parameters: Mapping[str, Tensor],
+        config: ModelConfig,
+        path: str | Path | None = None,
+    ) -> None:
+        """Takes out one adapter or all; see `AdaptableModule.unload_lora`."""
+        check_parameters(parameters, config)
         gone = self._merged if path is None else [m for m in self._merged if _names(path, m.file)]
         stuck = [f for f in self._for_good if path is None or _names(path, f)]
         if stuck:

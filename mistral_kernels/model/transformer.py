@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from mistral_kernels.model.adaptable_module import AdaptableModule
 from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import Layout, ModelConfig
 from mistral_kernels.model.layers import BATCH_INVARIANT, Block, Kernels, parameter
-from mistral_kernels.model.lora import Adapters
 from mistral_kernels.model.rope_tables import RopeTables, rope_tables
 from mistral_kernels.model.step import plan_step
 from mistral_kernels.model.weights import Checkpoint
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mistral_kernels.model.tokenizer import Tokenizer
 
 
-class Transformer(nn.Module):
+class Transformer(AdaptableModule):
     """A Mistral or Mixtral model.
 
     Args:
@@ -74,8 +74,6 @@ class Transformer(nn.Module):
         self.config, self.max_batch_size = config, max_batch_size
         self.folder: Path | None = None
         self._tokenizer: Tokenizer | None = None
-        self._adapters = Adapters(config)
-        self.register_load_state_dict_post_hook(_forget_adapters)
         self._kernels: Kernels = {}
         self._tables: RopeTables | None = None
         place = {
@@ -146,7 +144,6 @@ class Transformer(nn.Module):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         self._tables = None
-        self._adapters.to(self.dtype)
         self.set_backend(self.backend)
         return self
 
@@ -256,51 +253,6 @@ class Transformer(nn.Module):
         self.rope_tables(max_tokens)  # grown now, so that no step has to
         return cache
 
-    def load_lora(
-        self,
-        path: str | Path,
-        scaling: float | None = None,
-        *,
-        weight: float = 1.0,
-        keep_base: bool = True,
-    ) -> None:
-        """Merges an adapter into the weights, beside those that are loaded already.
-
-        Every adapted matrix becomes base + sum of weight * scaling * B @ A over the adapters,
-        computed in float32 (float64 for a float64 model) and rounded once. A cache that was filled
-        before still holds keys and values of the weights of then.
-
-        Args:
-            path: a native `lora.safetensors`, PEFT's `adapter_model.safetensors` with its
-                `adapter_config.json` beside it, or the folder that holds either.
-            scaling: the adapter's factor; None: as its configuration says, 2.0 for a native
-                adapter, which does not tell it.
-            weight: of this adapter among others; 0 and negative ones are allowed.
-            keep_base: keep what `unload_lora` needs: the adapter's factors and a copy of every
-                matrix that it changes, in host memory; an adapter of all layers copies nearly the
-                whole model. False: this adapter and those loaded become part of the weights for
-                good, and nothing is kept; should memory run out half-way, the weights are lost.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            TypeError, ValueError: an argument is no finite number, the adapter is loaded already,
-                or it is malformed, does not fit this model or is more than a low-rank update; file
-                and key are named. No weight has changed then.
-        """
-        parameters = dict(self.named_parameters())
-        self._adapters.load(parameters, path, scaling, weight=weight, keep_base=keep_base)
-
-    def unload_lora(self, path: str | Path | None = None) -> None:
-        """Takes an adapter out of the weights, as if it had never been loaded, bit for bit.
-
-        Args:
-            path: as it was given to `load_lora`; None: all adapters, if there are any.
-
-        Raises:
-            ValueError: the adapter is not loaded, or was merged for good; nothing has changed.
-        """
-        self._adapters.unload(dict(self.named_parameters()), path)
-
     def forward(
         self,
         input_ids: Tensor,
@@ -397,8 +349,3 @@ class Transformer(nn.Module):
                 )
             cache.check_room(seqlens)
         return seqlens
-
-
-def _forget_adapters(model: Transformer, _: object) -> None:
-    """After load_state_dict the weights hold no adapter, and the copies are of other weights."""
-    model._adapters.forget()
