@@ -18,6 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from mistral_kernels.lora_options import (
+    LoraOption,
+    LoraScalingOption,
+    LoraWeightOption,
+    asked_adapters,
+    load_adapters,
+)
 from mistral_kernels.model import TINY_MIXTRAL
 
 if TYPE_CHECKING:
@@ -130,8 +137,9 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; may be given repeatedly.")
     ] = None,
-    lora: Annotated[Path | None, typer.Option(help="Adapter to merge into the weights.")] = None,
-    lora_scaling: Annotated[float, typer.Option(help="Factor of the adapter.")] = 2.0,
+    lora: LoraOption = None,
+    lora_scaling: LoraScalingOption = None,
+    lora_weight: LoraWeightOption = None,
     dtype: Annotated[Dtype | None, typer.Option(help="[default: the checkpoint's].")] = None,
     device: DeviceOption = None,
     backend: Annotated[
@@ -157,12 +165,12 @@ def generate(
     config = ModelConfig.from_folder(folder, layout)
     tokenizer = Tokenizer.from_folder(folder)
     tokenizer.check_fits(config)  # before the weights, which may take minutes to read
+    adapters = asked_adapters(config, lora, lora_scaling, lora_weight)
     model = Transformer.from_folder(
         folder, device=_device(device), dtype=_dtype(dtype), backend=backend, layout=layout
     )
     model.tokenizer = tokenizer
-    if lora is not None:
-        model.load_lora(lora, scaling=lora_scaling)
+    load_adapters(model, adapters)
     sampling = Sampling(max_tokens, temperature, top_p, top_k, seed, chunk_size, stops)
     result = _continue_text(model, tokenizer, text, sampling, show=not (as_json or stream is False))
     if as_json:

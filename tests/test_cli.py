@@ -125,7 +125,16 @@ def test_lora_changes_the_model_by_its_scaling(tmp_path):
     plain = generate_json("--prompt", PROMPT)
     options = ["--prompt", PROMPT, "--lora", tmp_path, "--lora-scaling"]
     assert generate_json(*options, 0.0)["logprobs"] == plain["logprobs"]
-    assert generate_json(*options, 2.0)["logprobs"] != plain["logprobs"]
+    changed = generate_json(*options, 2.0)["logprobs"]
+    assert changed != plain["logprobs"]
+    assert generate_json("--prompt", PROMPT, "--lora", tmp_path)["logprobs"] == changed
+    copy = tmp_path / "copy" / "lora.safetensors"
+    copy.parent.mkdir()
+    save_file(adapter, copy)
+    both = [*options[:-1], "--lora", copy, "--lora-scaling", 1.0]
+    assert generate_json(*both)["logprobs"] == changed  # 1 + 1
+    each = [*both, "--lora-scaling", 4.0, "--lora-weight", 2.0, "--lora-weight", 0.0]
+    assert generate_json(*each)["logprobs"] == changed  # 1 * 2 + 4 * 0
 
 
 # info and the process

@@ -55,7 +55,12 @@ def folder(tmp_path) -> Path:
         (["generate", "--prompt", "a", "--top-k", "0"], ["top_k", "0"]),
         (["generate", "--prompt", "a", "--chunk-size", "0"], ["chunk_size", "0"]),
         (["generate", "--prompt", "a", "--stop", ""], ["--stop must not hold an empty string"]),
-        (["generate", "--prompt", "a", "--lora", "/nowhere"], ["/nowhere"]),
+        (["generate", "--prompt", "a", "--lora", "/nowhere"], ["/nowhere: no such file"]),
+        (["generate", "--prompt", "a", "--lora-scaling", "2"], ["--lora-scaling", "0 --lora"]),
+        (
+            ["generate", "--prompt", "a", *["--lora", "b"] * 3, *["--lora-weight", "1"] * 2],
+            ["--lora-weight: expected one value, or one for each of 3 --lora, got 2"],
+        ),
         (["info", "extra"], ["extra"]),
     ],
 )

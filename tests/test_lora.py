@@ -1,4 +1,4 @@
-"""merge_lora: W + scaling * B @ A in either rope layout, all of an adapter or nothing of it."""
+"""Native adapters: W + scaling * B @ A in either rope layout, all of an adapter or nothing."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mistral_kernels.model.config import ModelConfig
-from mistral_kernels.model.lora import merge_lora
+from mistral_kernels.model.lora import Adapters
 from mistral_kernels.model.weights import Checkpoint, parameter_shapes
 
 GOLDEN = Path(__file__).parent / "golden" / "dense_w8_chunked"
@@ -69,7 +69,7 @@ def test_merge(tmp_path: Path, shape: ModelConfig, layout: str, dtype: torch.dty
     else:
         _, expected = parameters_in(tmp_path / "merged", torch.float64)
     config, parameters = parameters_in(tmp_path / "model", dtype)
-    merge_lora(parameters, config, tmp_path, scaling=0.5)
+    Adapters().load(parameters, config, tmp_path, 0.5)
     # A sum computed in float32 (or float64), then at most one rounding to half a unit.
     exact = 1e-14 if dtype == torch.float64 else 1e-6
     rtol = 2**-8 if dtype == torch.bfloat16 else exact
@@ -80,7 +80,7 @@ def test_merge(tmp_path: Path, shape: ModelConfig, layout: str, dtype: torch.dty
 def test_golden_adapter() -> None:
     config, parameters = parameters_in(GOLDEN / "mistral", torch.float32)
     before = {name: tensor.clone() for name, tensor in parameters.items()}
-    merge_lora(parameters, config, GOLDEN / "mistral" / "lora.safetensors")
+    Adapters().load(parameters, config, GOLDEN / "mistral" / "lora.safetensors")
     tensors = load_file(GOLDEN / "mistral" / "consolidated.safetensors")
     adapter = load_file(GOLDEN / "mistral" / "lora.safetensors")
     expected = checkpoints.parameters_of(merged_in_float64(tensors, adapter, 2.0), config)
@@ -108,6 +108,8 @@ def test_golden_adapter() -> None:
             for matrix in ("output", "layers.2.attention.wq", "layers.0.feed_forward.experts.0.w1")
         ),
         ("layers.0.attention.wq.weight", torch.zeros(32, 24), "not an adapter of a matrix"),
+        (f"{KEY}.lora_A.weight", torch.full((3, 24), torch.nan), "holds values that are not"),
+        (f"base_model.model.{KEY}.lora_A.weight", torch.zeros(3, 24), "not an adapter of a matrix"),
     ],
 )
 def test_refused_adapter_changes_nothing(
@@ -127,7 +129,7 @@ def assert_refused(path: Path, error: type[Exception], message: str, scaling: fl
     parameters = checkpoints.parameters_of(checkpoints.native_tensors(DENSE), DENSE)
     before = {name: tensor.clone() for name, tensor in parameters.items()}
     with pytest.raises(error, match=message):
-        merge_lora(parameters, DENSE, path, scaling)
+        Adapters().load(parameters, DENSE, path, scaling)
     assert all(torch.equal(parameters[name], before[name]) for name in before)
 
 
@@ -139,7 +141,8 @@ def test_scaling_must_be_finite(tmp_path: Path, scaling: float) -> None:
 
 
 def test_file(tmp_path: Path) -> None:
-    assert_refused(tmp_path, FileNotFoundError, "lora.safetensors: no such file")
+    assert_refused(tmp_path, FileNotFoundError, "holds no lora.safetensors nor adapter_model")
+    assert_refused(tmp_path / "absent", FileNotFoundError, "absent: no such file")
     path = tmp_path / "lora.safetensors"
     save_file({}, path)
     assert_refused(path, ValueError, "lora.safetensors: holds no lora_A and lora_B tensors")

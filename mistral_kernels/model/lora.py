@@ -1,124 +1,190 @@
-"""Low-rank adapters, merged into the weights: W += scaling * B @ A.
+"""Low-rank adapters merged into a model's weights, and taken out of them again.
 
-Source: https://arxiv.org/abs/2106.09685; the file format is that of mistral-finetune.
+With adapters i loaded every adapted matrix is W = base + sum_i weight_i * scaling_i * B_i @ A_i.
+The sum always starts from the base and is rounded once, so that neither the number of adapters nor
+what was loaded and unloaded before leaves a trace in it.
+
+Source: https://arxiv.org/abs/2106.09685
 """
 
 import math
-import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mistral_kernels.model.adapter_files import Adapter, read_adapter
 from mistral_kernels.model.config import ModelConfig
-from mistral_kernels.model.weight_table import Place, checkpoint_table
-from mistral_kernels.model.weights import (
-    Stored,
-    check_dtype,
-    check_parameters,
-    check_shape,
-    open_safetensors,
-    read_headers,
-)
-from mistral_kernels.ops.checks import is_number
+from mistral_kernels.model.weight_table import Place
+from mistral_kernels.model.weights import check_parameters, open_safetensors
+from mistral_kernels.ops.checks import compute_dtype, is_number
 
-# Adapters exist for these matrices only: never for embeddings, norms, output or the MoE gate.
-ADAPTER_KEY = re.compile(
-    r"(?P<matrix>layers\.\d+\.(attention\.w[qkvo]|feed_forward\.(experts\.\d+\.)?w[123]))"
-    r"\.lora_(?P<factor>[AB])\.weight"
-)
+# What is copied and rewritten as one: a parameter and (), or a stacked one and (expert,).
+Slab = tuple[str, tuple[int, ...]]
 
 
-class Adapter(NamedTuple):
-    """The two factors for one matrix: `a` (rank, in) and `b` (out, rank)."""
+class Merged(NamedTuple):
+    """An adapter in the weights."""
 
-    place: Place
-    a: Stored
-    b: Stored
-    heads: int | None  # of a wq or wk, whose rows follow the rope layout; None for the others
+    file: Path
+    adapter: Adapter
+    weight: float
 
 
-@torch.no_grad()
-def merge_lora(
-    parameters: Mapping[str, Tensor],
-    config: ModelConfig,
-    path: str | Path,
-    scaling: float = 2.0,
-) -> None:
-    """Adds a Mistral-native adapter to a model's weights; all is checked before any is changed.
+class Adapters:
+    """The adapters in a model's weights, and the weights without them.
 
-    Args:
-        parameters: name to tensor, as `parameter_shapes(config)` has them; changed in place. The
-            sum is computed in float32 (float64 for float64 weights) and rounded once.
-        config: the model, of either rope layout.
-        path: a `lora.safetensors` file, or a folder that holds one.
-        scaling: factor of the update; the file does not hold it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        TypeError: the scaling is no number.
-        ValueError: the scaling is not finite, or the file is malformed, holds no adapter, half an
-            adapter, or one that does not fit the model; file and key are named.
+    The parameters that the methods take are name to tensor, as `parameter_shapes(config)` has
+    them; they are changed in place.
     """
-    if not is_number(scaling):
-        raise TypeError(f"merge_lora: scaling: expected a number, got {type(scaling).__name__}")
-    if not math.isfinite(scaling):
-        raise ValueError(f"merge_lora: scaling: expected a finite number, got {scaling!r}")
-    check_parameters(parameters, config)
+
+    def __init__(self) -> None:
+        self._merged: list[Merged] = []
+        self._for_good: list[Path] = []
+        self._base: dict[Slab, Tensor] = {}
+
+    @torch.no_grad()
+    def load(
+        self,
+        parameters: Mapping[str, Tensor],
+        config: ModelConfig,
+        path: str | Path,
+        scaling: float | None = None,
+        *,
+        weight: float = 1.0,
+        keep_base: bool = True,
+    ) -> None:
+        """Merges an adapter; see `AdaptableModule.load_lora`."""
+        for name, value in (("scaling", 1.0 if scaling is None else scaling), ("weight", weight)):
+            if not is_number(value):
+                got = type(value).__name__
+                raise TypeError(f"load_lora: {name}: expected a number, got {got}")
+            if not math.isfinite(value):
+                raise ValueError(f"load_lora: {name}: expected a finite number, got {value!r}")
+        check_parameters(parameters, config)
+        adapter = read_adapter(path, config, scaling)
+        merged = Merged(_resolved(adapter.file), adapter, weight)
+        if merged.file in self._for_good or any(merged.file == m.file for m in self._merged):
+            raise ValueError(f"{adapter.file}: already loaded")
+        self._check_copies(parameters, adapter)
+        changed = _slabs([merged])
+        # All memory that a copy takes is taken before any weight changes.
+        kept = {
+            slab: _part(parameters, slab).to("cpu", copy=True)
+            for slab in (changed if keep_base else ())
+            if slab not in self._base
+        }
+        self._base.update(kept)
+        self._rewrite(parameters, [*self._merged, merged], changed)
+        if not keep_base:
+            self._for_good += [m.file for m in self._merged]
+            self._merged.clear()
+            self._base.clear()
+
+    @torch.no_grad()
+    def unload(
+        self,
+        parameters: Mapping[str, Tensor],
+        config: ModelConfig,
+        path: str | Path | None = None,
+    ) -> None:
+        """Takes out one adapter or all; see `AdaptableModule.unload_lora`."""
+        check_parameters(parameters, config)
+        gone = self._merged if path is None else [m for m in self._merged if _names(path, m.file)]
+        stuck = [f for f in self._for_good if path is None or _names(path, f)]
+        if stuck:
+            raise ValueError(f"unload_lora: {stuck[0]}: merged for good (keep_base=False)")
+        if path is not None and not gone:
+            loaded = ", ".join(str(m.file) for m in self._merged) or "none"
+            raise ValueError(f"unload_lora: {path}: not loaded; loaded are: {loaded}")
+        files = {m.file for m in gone}
+        rest = [m for m in self._merged if m.file not in files]
+        self._rewrite(parameters, rest, _slabs(gone))
+
+    def forget(self) -> None:
+        """Takes the weights as they are for the base, as after all of them were overwritten."""
+        self._merged.clear()
+        self._for_good.clear()
+        self._base.clear()
+
+    def to(self, dtype: torch.dtype) -> None:
+        """Follows a change of the parameters' dtype."""
+        self._base = {slab: base.to(dtype) for slab, base in self._base.items()}
+
+    def _rewrite(
+        self, parameters: Mapping[str, Tensor], merged: list[Merged], changed: Iterable[Slab]
+    ) -> None:
+        """Makes `merged` the adapters in the weights; if that fails, puts back what has a copy."""
+        before, self._merged = self._merged, merged
+        try:
+            self._write(parameters, changed)
+        except BaseException:  # no memory left on the device, Ctrl-C
+            self._merged = before
+            self._write(parameters, [slab for slab in changed if slab in self._base])
+            raise
+        finally:
+            for slab in self._base.keys() - _slabs(self._merged):
+                del self._base[slab]
+
+    def _write(self, parameters: Mapping[str, Tensor], changed: Iterable[Slab]) -> None:
+        """Recomputes parts of the weights from their base."""
+        updates = defaultdict(list)
+        for merged in self._merged:
+            for update in merged.adapter.updates:
+                updates[_slab(update.place)].append((update, merged.weight * update.scaling))
+        for slab in changed:
+            weight = _part(parameters, slab)
+            base = self._base.get(slab, weight)
+            if not updates[slab]:
+                weight.copy_(base)
+                continue
+            dtype = compute_dtype(weight.dtype)
+            total = base.to(weight.device, dtype, copy=True)
+            for update, factor in updates[slab]:
+                a, b = (x.to(weight.device, dtype) for x in (update.a, update.b))
+                total[update.place.index[len(slab[1]) :]].addmm_(b, a, alpha=factor)
+            weight.copy_(total)
+
+    def _check_copies(self, parameters: Mapping[str, Tensor], adapter: Adapter) -> None:
+        """Refuses an adapter that brings whole matrices other than the base's."""
+        for stored, place in adapter.copies:
+            slab = _slab(place)
+            base = self._base.get(slab, _part(parameters, slab))[place.index[len(slab[1]) :]].cpu()
+            with open_safetensors(stored.path) as file:
+                copy = file.get_tensor(stored.key)
+            # Either may have been rounded to the dtype that it is stored in.
+            if not torch.equal(copy.to(base.dtype), base) and not torch.equal(
+                base.to(copy.dtype), copy
+            ):
+                raise ValueError(
+                    f"{stored.path}: {stored.key}: differs from the model's; whole matrices"
+                    " cannot be merged, merge and save the model with PEFT"
+                )
+
+
+def _resolved(file: Path) -> Path:
+    """One name for one file; the file itself may be a link, as hub caches have them."""
+    return file.parent.resolve() / file.name
+
+
+def _names(path: str | Path, file: Path) -> bool:
+    """Whether a path leads to an adapter's file, or to the folder that holds it."""
     path = Path(path)
-    if path.is_dir():
-        path = path / "lora.safetensors"
-    adapters = _read_adapters(path, config)
-    with open_safetensors(path) as file:
-        for adapter in adapters:
-            weight = parameters[adapter.place.parameter][adapter.place.index]
-            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            a, b = (file.get_tensor(s.key).to(weight.device, dtype) for s in (adapter.a, adapter.b))
-            if adapter.heads and not config.interleaved:
-                b = half_split_rows(b, adapter.heads)
-            weight.copy_(torch.addmm(weight.to(dtype), b, a, alpha=scaling))
+    return file == _resolved(path) or file.parent == path.resolve()
 
 
-def half_split_rows(rows: Tensor, heads: int) -> Tensor:
-    """Reorders the rows of wq or wk from native to Hugging Face order.
-
-    Native rope turns neighbouring rows of a head, Hugging Face's turns row i with row
-    i + head_dim/2: a head's rows 0 1 2 3 4 5 become 0 2 4 1 3 5.
-
-    Args:
-        rows: (heads * head_dim, columns) any dtype.
-        heads: number of heads.
-
-    Returns:
-        The rows in their new order, same shape and dtype.
-    """
-    pairs = rows.view(heads, -1, 2, rows.shape[1])
-    return pairs.transpose(1, 2).reshape(rows.shape)
+def _slab(place: Place) -> Slab:
+    experts = tuple(i for i in place.index[:1] if isinstance(i, int))
+    return place.parameter, experts
 
 
-def _read_adapters(path: Path, config: ModelConfig) -> list[Adapter]:
-    """Pairs the factors in a file with the matrices they change; what does not fit is refused."""
-    table = checkpoint_table(config)
-    factors: dict[str, dict[str, Stored]] = {}
-    for key, stored in read_headers([path]).items():
-        match = ADAPTER_KEY.fullmatch(key)
-        if not match or f"{match['matrix']}.weight" not in table:
-            raise ValueError(f"{path}: {key}: not an adapter of a matrix of this model")
-        check_dtype(stored)
-        factors.setdefault(match["matrix"], {})[match["factor"]] = stored
-    if not factors:
-        raise ValueError(f"{path}: holds no lora_A and lora_B tensors")
-    heads = {"wq": config.q_heads, "wk": config.kv_heads}
-    adapters = []
-    for matrix, pair in factors.items():
-        for factor in "AB":
-            if factor not in pair:
-                raise ValueError(f"{path}: {matrix}.lora_{factor}.weight: missing")
-        place = table[f"{matrix}.weight"]
-        rank = pair["A"].shape[0] if pair["A"].shape else 1
-        check_shape(pair["A"], (rank, place.shape[1]))
-        check_shape(pair["B"], (place.shape[0], rank))
-        adapters.append(Adapter(place, pair["A"], pair["B"], heads.get(matrix.rpartition(".")[2])))
-    return adapters
+def _slabs(merged: Iterable[Merged]) -> set[Slab]:
+    return {_slab(update.place) for m in merged for update in m.adapter.updates}
+
+
+def _part(parameters: Mapping[str, Tensor], slab: Slab) -> Tensor:
+    parameter, index = slab
+    return parameters[parameter][index]

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from mistral_kernels.model.adaptable_module import AdaptableModule
 from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import Layout, ModelConfig
 from mistral_kernels.model.layers import BATCH_INVARIANT, Block, Kernels, parameter
-from mistral_kernels.model.lora import merge_lora
 from mistral_kernels.model.rope_tables import RopeTables, rope_tables
 from mistral_kernels.model.step import plan_step
 from mistral_kernels.model.weights import Checkpoint
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mistral_kernels.model.tokenizer import Tokenizer
 
 
-class Transformer(nn.Module):
+class Transformer(AdaptableModule):
     """A Mistral or Mixtral model.
 
     Args:
@@ -252,19 +252,6 @@ class Transformer(nn.Module):
         )
         self.rope_tables(max_tokens)  # grown now, so that no step has to
         return cache
-
-    def load_lora(self, path: str | Path, scaling: float = 2.0) -> None:
-        """Merges a native adapter into the weights: W += scaling * B A for every adapted W.
-
-        Args:
-            path: a `lora.safetensors`, or the folder that holds one.
-            scaling: the adapter's factor, which the file does not hold.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            TypeError, ValueError: it does not fit this model; then no weight has changed.
-        """
-        merge_lora(dict(self.named_parameters()), self.config, path, scaling)
 
     def forward(
         self,
