@@ -1,4 +1,4 @@
-"""params.json and config.json as the package writes them: they say what the model is, or nothing."""
+"""params.json and config.json as the package writes them: what the model is, or nothing."""
 
 import re
 from dataclasses import replace

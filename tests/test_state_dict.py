@@ -107,7 +107,7 @@ def test_values_are_converted_or_with_assign_taken_as_they_are():
 
 
 def test_a_model_without_memory_is_filled_by_assign():
-    source = random_model(dtype=torch.float32)
+    source = random_model(dtype=torch.float32, backend="reference")
     model = Transformer(source.config, device="meta", backend="reference")
     with pytest.raises(RuntimeError, match="the meta device"):
         model.load_state_dict(source.state_dict())

@@ -17,9 +17,8 @@ from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import Layout, ModelConfig
 from mistral_kernels.model.layers import BATCH_INVARIANT, Block, Kernels, parameter
 from mistral_kernels.model.lora import merge_lora
-from mistral_kernels.model.native_state import NativeState
 from mistral_kernels.model.rope_tables import RopeTables, rope_tables
-from mistral_kernels.model.saving import save_checkpoint
+from mistral_kernels.model.savable_module import SavableModule
 from mistral_kernels.model.step import plan_step
 from mistral_kernels.model.weights import Checkpoint
 from mistral_kernels.ops import dispatch
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from mistral_kernels.model.tokenizer import Tokenizer
 
 
-class Transformer(NativeState):
+class Transformer(SavableModule):
     """A Mistral or Mixtral model.
 
     Args:
@@ -267,40 +266,6 @@ class Transformer(NativeState):
             TypeError, ValueError: it does not fit this model; then no weight has changed.
         """
         merge_lora(dict(self.named_parameters()), self.config, path, scaling)
-
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        *,
-        layout: Layout = "native",
-        max_shard_bytes: int = 5_000_000_000,
-        overwrite: bool = False,
-    ) -> None:
-        """Writes the model, adapters merged, and its tokenizer to a checkpoint folder.
-
-        Args:
-            folder: where; made if absent. It appears when all is written, and not before.
-            layout: "native" or "huggingface", whichever the model was read from; transformers
-                loads the latter.
-            max_shard_bytes: most bytes of tensors a file.
-            overwrite: replace the checkpoint that the folder holds, be it the model's own. Without
-                it only an empty folder is taken; one with other files in it is never replaced.
-
-        Raises:
-            TypeError, ValueError: an argument is out of range, or the layout's configuration file
-                cannot express the model.
-            OSError: the folder is taken or cannot be written, or the disk is full. Then nothing is
-                left behind, and what was there is untouched.
-        """
-        save_checkpoint(
-            dict(self.named_parameters()),
-            self.config,
-            folder,
-            layout=layout,
-            max_shard_bytes=max_shard_bytes,
-            overwrite=overwrite,
-            source=self.folder,
-        )
 
     def forward(
         self,

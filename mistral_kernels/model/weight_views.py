@@ -36,12 +36,12 @@ class WeightView(NamedTuple):
         """The tensor as the checkpoint has it: a view, or a copy where rows change places."""
         if self.heads is None:
             return self.part
-        return (half_split_rows if self.half_split else native_rows)(self.part, self.heads)
+        return (half_split_rows if self.half_split else interleaved_rows)(self.part, self.heads)
 
     def write(self, tensor: Tensor) -> None:
         """Copies a tensor of the checkpoint into the model; device and dtype are converted."""
         if self.heads is not None:
-            reorder = native_rows if self.half_split else half_split_rows
+            reorder = interleaved_rows if self.half_split else half_split_rows
             tensor = reorder(tensor.contiguous(), self.heads)
         self.part.copy_(tensor)
 
@@ -72,7 +72,7 @@ def weight_views(
     return views
 
 
-def native_rows(rows: Tensor, heads: int) -> Tensor:
+def interleaved_rows(rows: Tensor, heads: int) -> Tensor:
     """Reorders the rows of wq or wk from Hugging Face to native order, see `half_split_rows`.
 
     A head's rows 0 1 2 3 4 5 become 0 3 1 4 2 5.

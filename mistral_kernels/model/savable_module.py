@@ -1,19 +1,21 @@
-"""state_dict and load_state_dict under the names of a native checkpoint."""
+"""Weights in and out: state_dict and load_state_dict in native names, and whole folders."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mistral_kernels.model.config import ModelConfig
+from mistral_kernels.model.config import Layout, ModelConfig
+from mistral_kernels.model.saving import save_checkpoint
 from mistral_kernels.model.weight_table import parameter_shapes
 from mistral_kernels.model.weight_views import WeightView, weight_views
 from mistral_kernels.ops.checks import FLOATS
 
 
-class NativeState(nn.Module):
-    """A model whose state has the keys, shapes and order of rows of a native checkpoint.
+class SavableModule(nn.Module):
+    """A model whose weights leave and enter it as the tensors of a checkpoint.
 
     The model itself holds fewer, larger parameters, whatever layout it was loaded from. To torch
     this stays an ordinary module: prefix, keep_vars, strict and assign mean what they mean there,
@@ -21,6 +23,41 @@ class NativeState(nn.Module):
     """
 
     config: ModelConfig
+    folder: Path | None
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        layout: Layout = "native",
+        max_shard_bytes: int = 5_000_000_000,
+        overwrite: bool = False,
+    ) -> None:
+        """Writes the model, adapters merged, and its tokenizer to a checkpoint folder.
+
+        Args:
+            folder: where; made if absent. It appears when all is written, and not before.
+            layout: "native" or "huggingface", whichever the model was read from; transformers
+                loads the latter.
+            max_shard_bytes: most bytes of tensors a file.
+            overwrite: replace the checkpoint that the folder holds, be it the model's own. Without
+                it only an empty folder is taken; one with other files in it is never replaced.
+
+        Raises:
+            TypeError, ValueError: an argument is out of range, or the layout's configuration file
+                cannot express the model.
+            OSError: the folder is taken or cannot be written, or the disk is full. Then nothing is
+                left behind, and what was there is untouched.
+        """
+        save_checkpoint(
+            self._held(),
+            self.config,
+            folder,
+            layout=layout,
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+            source=self.folder,
+        )
 
     def state_dict(
         self,
