@@ -27,6 +27,8 @@ FAMILIES = {
     "ministral3": checkpoints.tiny_config(
         windows=(None, None), yarn=YARN, q_scale=QueryScale(0.1, 8), tied_embeddings=True
     ),
+    "q_scale": checkpoints.tiny_config(q_scale=QueryScale(0.1, 8)),
+    "mixtral-yarn": checkpoints.tiny_config(experts=3, top_k=2, yarn=YARN),
     "yarn-scaled": checkpoints.tiny_config(
         windows=(None, 4), yarn=Yarn(4.0, 8, 2.0, 0.25, attention_factor=1.25, truncate=False)
     ),

@@ -60,7 +60,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         OSError: the disk is full, or the place cannot be written.
     """
     anchor = next(parent for parent in folder.parents if parent.exists())
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=anchor) as beside:
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=anchor) as beside:
         new, old = Path(beside, "new"), Path(beside, "old")
         new.mkdir()  # unlike the temporary folder, with the user's default permissions
         yield new
