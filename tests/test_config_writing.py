@@ -9,6 +9,7 @@ import torch
 
 from mistral_kernels.model.config import ModelConfig, QueryScale, Yarn
 from mistral_kernels.model.config_writing import huggingface_config, native_params
+from mistral_kernels.model.families import NAMES
 
 tiny = checkpoints.tiny_config
 YARN = Yarn(16.0, 16384, 32.0, 1.0, attention_factor=1.0)
@@ -38,6 +39,16 @@ def test_what_is_written_is_read_back(config: ModelConfig, interleaved: bool) ->
     huggingface = ModelConfig.from_huggingface(huggingface_config(config))
     assert huggingface == replace(config, interleaved=False)
     assert huggingface.max_positions == config.max_positions or config.max_positions is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_published_model_can_be_written_in_both_layouts(name: str) -> None:
+    config = ModelConfig.known(name)
+    native = ModelConfig.from_native(native_params(config))
+    huggingface = ModelConfig.from_huggingface(huggingface_config(config))
+    for read, interleaved in ((native, True), (huggingface, False)):
+        assert read == replace(config, interleaved=interleaved)
+        assert read.max_positions == config.max_positions
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

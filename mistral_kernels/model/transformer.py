@@ -142,6 +142,10 @@ class Transformer(SavableModule):
     def dtype(self) -> torch.dtype:
         return self.tok_embeddings.dtype
 
+    def num_parameters(self, *, active: bool = False) -> int:
+        """Weights of the model; `active`: of the experts only the top_k that a token is sent to."""
+        return self.config.num_parameters(active=active)
+
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         self._tables = None
