@@ -21,6 +21,13 @@ def test_parameters_are_those_the_checkpoints_fill(changes):
     assert all(p.dtype == torch.bfloat16 and p.is_meta for p in model.parameters())
 
 
+def test_number_of_parameters():
+    model = random_model(experts=3, top_k=2)
+    assert model.num_parameters() == sum(p.numel() for p in model.parameters())
+    one_expert = 3 * 24 * 40  # w1, w2 and w3, of hidden * ffn_dim weights each
+    assert model.num_parameters(active=True) == model.num_parameters() - 2 * one_expert
+
+
 def test_last_only_gives_the_last_rows_and_zeros_for_silence():
     model = random_model(windows=(4, None))
     prompts = random_prompts([5, 0, 3])

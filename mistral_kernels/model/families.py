@@ -210,7 +210,9 @@ def known_fields(name: str) -> dict[str, Any]:
         if key.startswith(beginning):
             raise ValueError(f"known: {name}: {reason}")
     close = get_close_matches(key, NAMES, n=5) or [names.split()[0] for names, _ in SHAPES]
-    raise ValueError(f"known: name must be a published model, such as {', '.join(close)}; got {name!r}")
+    raise ValueError(
+        f"known: name must be a published model, such as {', '.join(close)}; got {name!r}"
+    )
 
 
 def family_of(config: ModelConfig) -> str | None:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mistral_kernels.model.config import ModelConfig
-from mistral_kernels.model.weight_table import Place
+from mistral_kernels.model.weight_table import Place, half_split_rows, interleaved_rows
 from mistral_kernels.model.weights import Stored, check_dtype, check_shape
 
 # The matrices whose rows follow the rope layout, by both formats' names.
@@ -111,29 +111,6 @@ def check_pairs(factors: Mapping[str, Mapping[str, Stored]], file: Path) -> None
             if factor not in pair:
                 key = pair[other].key.replace(f"_{other}", f"_{factor}")
                 raise ValueError(f"{file}: {key}: missing")
-
-
-def half_split_rows(rows: Tensor, heads: int) -> Tensor:
-    """Reorders the rows of wq or wk from native to Hugging Face order.
-
-    Native rope turns neighbouring rows of a head, Hugging Face's turns row i with row
-    i + head_dim/2: a head's rows 0 1 2 3 4 5 become 0 2 4 1 3 5.
-
-    Args:
-        rows: (heads * head_dim, columns) any dtype.
-        heads: number of heads.
-
-    Returns:
-        The rows in their new order, same shape and dtype.
-    """
-    pairs = rows.view(heads, -1, 2, rows.shape[1])
-    return pairs.transpose(1, 2).reshape(rows.shape)
-
-
-def interleaved_rows(rows: Tensor, heads: int) -> Tensor:
-    """The inverse of `half_split_rows`: a head's rows 0 1 2 3 4 5 become 0 3 1 4 2 5."""
-    halves = rows.view(heads, 2, -1, rows.shape[1])
-    return halves.transpose(1, 2).reshape(rows.shape)
 
 
 def _finite(file: safe_open, stored: Stored) -> Tensor:

@@ -18,6 +18,7 @@ from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import Layout, ModelConfig
 from mistral_kernels.model.layers import BATCH_INVARIANT, Block, Kernels, parameter
 from mistral_kernels.model.rope_tables import RopeTables, rope_tables
+from mistral_kernels.model.savable_module import SavableModule
 from mistral_kernels.model.step import plan_step
 from mistral_kernels.model.weights import Checkpoint
 from mistral_kernels.ops import dispatch
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from mistral_kernels.model.tokenizer import Tokenizer
 
 
-class Transformer(AdaptableModule):
+class Transformer(AdaptableModule, SavableModule):
     """A Mistral or Mixtral model.
 
     Args:
@@ -140,6 +141,10 @@ class Transformer(AdaptableModule):
     @property
     def dtype(self) -> torch.dtype:
         return self.tok_embeddings.dtype
+
+    def num_parameters(self, *, active: bool = False) -> int:
+        """Weights of the model; `active`: of the experts only the top_k that a token is sent to."""
+        return self.config.num_parameters(active=active)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -7,6 +7,8 @@ The model keeps fewer, larger parameters than the files: wq, wk and wv are rows 
 import re
 from typing import NamedTuple
 
+from torch import Tensor
+
 from mistral_kernels.model.config import ModelConfig
 
 # Native keys become Hugging Face ones by these replacements, in this order.
@@ -116,3 +118,26 @@ def huggingface_table(config: ModelConfig, *, stacked: bool) -> dict[str, Place]
             key = key.replace(native, name)
         table[key] = place
     return table
+
+
+def half_split_rows(rows: Tensor, heads: int) -> Tensor:
+    """Reorders the rows of wq or wk from native to Hugging Face order.
+
+    Native rope turns neighbouring rows of a head, Hugging Face's turns row i with row
+    i + head_dim/2: a head's rows 0 1 2 3 4 5 become 0 2 4 1 3 5.
+
+    Args:
+        rows: (heads * head_dim, columns) any dtype.
+        heads: number of heads.
+
+    Returns:
+        The rows in their new order, same shape and dtype.
+    """
+    pairs = rows.view(heads, -1, 2, rows.shape[1])
+    return pairs.transpose(1, 2).reshape(rows.shape)
+
+
+def interleaved_rows(rows: Tensor, heads: int) -> Tensor:
+    """The inverse of `half_split_rows`: a head's rows 0 1 2 3 4 5 become 0 3 1 4 2 5."""
+    halves = rows.view(heads, 2, -1, rows.shape[1])
+    return halves.transpose(1, 2).reshape(rows.shape)
