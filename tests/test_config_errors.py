@@ -45,7 +45,19 @@ NATIVE = [
     ("q_lora_rank", 512, "q_lora_rank: MLA"),
     ("model_type", "mamba", "model_type: Mamba"),
     ("model_type", "rwkv", "model_type: expected one of transformer"),
-    ("quantization", {"qformat_weight": "fp8_e4m3"}, "quantization: .*not supported yet"),
+    ("quantization", {"qformat_weight": "nvfp4"}, "quantization.qformat_weight: .* got 'nvfp4'"),
+    ("quantization", {"quant_method": "compressed-tensors"}, "method: .* got 'compressed-tensors'"),
+    ("quantization", {"qscheme_act": "TENSOR"}, "quantization.qformat_weight: .* got None"),
+    (
+        "quantization",
+        {"qformat_weight": "fp8_e4m3", "qscheme_act": "TOKEN"},
+        "quantization.qscheme_act: expected one of TENSOR, NO_SCALES, got 'TOKEN'",
+    ),
+    (
+        "quantization_config",
+        {"quant_method": "awq"},
+        "quantization_config.quant_method: .* got 'awq'",
+    ),
 ]
 HUGGINGFACE = [
     ("hidden_size", None, "hidden_size: missing"),
@@ -67,7 +79,11 @@ HUGGINGFACE = [
     ("architectures", ["MistralForSequenceClassification"], "architectures: expected"),
     ("kv_lora_rank", 512, "kv_lora_rank: MLA"),
     ("n_shared_experts", 1, "n_shared_experts: MLA"),
-    ("quantization_config", {"quant_method": "fp8"}, "quantization_config: .*not supported yet"),
+    *(
+        ("quantization_config", {"quant_method": method}, f"quant_method: .* got '{method}'")
+        for method in ("awq", "gptq", "bitsandbytes", "compressed-tensors", "modelopt", "nvfp4")
+    ),
+    ("quantization_config", {"bits": 4}, "quantization_config.quant_method: .* got None"),
     ("attention_bias", True, "attention_bias: biases are not supported"),
     ("rope_parameters", {"rope_type": "llama3"}, "rope_parameters.rope_type: expected one of"),
     ("rope_parameters", {"full_attention": {}}, "rope_parameters.full_attention: expected one"),

@@ -9,12 +9,12 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from mistral_kernels.model.checkpoint_files import Stored, open_safetensors, read_headers
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.low_rank import Pair, Update, check_pairs
 from mistral_kernels.model.peft_files import Copy, peft_pairs
 from mistral_kernels.model.peft_settings import CONFIG_FILE
 from mistral_kernels.model.weight_table import checkpoint_table
-from mistral_kernels.model.weights import Stored, open_safetensors, read_headers
 
 NATIVE_FILE, PEFT_FILE = "lora.safetensors", "adapter_model.safetensors"
 NATIVE_SCALING = 2.0  # mistral-finetune's default, which its files do not hold

@@ -236,7 +236,8 @@ def folder_layout(folder: str | Path, layout: Layout | None = None) -> Layout:
     if layout or len(present) == 1:
         return layout or present[0]
     # Downloads often take both small files but the weights of one layout only.
-    only_huggingface = any(folder.glob("model*.safetensors*")) and not any(
+    huggingface = ("model*.safetensors*", "pytorch_model*.bin*")
+    only_huggingface = any(any(folder.glob(pattern)) for pattern in huggingface) and not any(
         folder.glob("consolidated*")
     )
     return "huggingface" if only_huggingface else "native"

@@ -40,7 +40,7 @@ def native_fields(params: dict[str, Any]) -> dict[str, Any]:
         for key in moe.values.keys() - {"num_experts", "num_experts_per_tok"}:
             moe.refuse(key, "not supported")
     _model_type(fields, ("transformer",), "transformer")
-    fields.refuse("quantization", "quantized checkpoints are not supported yet")
+    _native_quantization(fields)
     fields.refuse("use_biases", "biases are not supported")
     hidden, q_heads = fields.integer("dim"), fields.integer("n_heads")
     layers = fields.integer("n_layers", maximum=MAX_LAYERS)
@@ -67,6 +67,24 @@ def native_fields(params: dict[str, Any]) -> dict[str, Any]:
         "max_positions": fields.integer("max_seq_len", None)
         or fields.integer("max_position_embeddings", None),
     }
+
+
+def _native_quantization(fields: JsonFields) -> None:
+    """Allows weights in 8 bits, which loading widens; any other method is refused by name."""
+    _refuse_quantization(fields, "quantization", "quant_method", None)
+    _refuse_quantization(fields, "quantization", "qformat_weight", "fp8_e4m3")
+    _refuse_quantization(fields, "quantization_config", "quant_method", None)
+    # NO_SCALES: nothing is stored for activations. They are not quantised here in either case.
+    if quantization := fields.section("quantization"):
+        quantization.choice("qscheme_act", ("TENSOR", "NO_SCALES"), "TENSOR")
+
+
+def _refuse_quantization(fields: JsonFields, section: str, key: str, known: str | None) -> None:
+    """Refuses a section on quantisation whose method is not the known one."""
+    quantization = fields.section(section)
+    if quantization and quantization.get(key, None) != known:
+        got = repr(quantization.get(key, None))
+        raise ValueError(f"{quantization.name(key)}: expected fp8 or no quantization, got {got}")
 
 
 def _native_windows(fields: JsonFields, layers: int) -> tuple[int | None, ...]:
@@ -213,7 +231,7 @@ def _text_part(fields: JsonFields) -> tuple[JsonFields, str]:
     for part in (fields, text):
         _refuse_latent_attention(part)
         part.refuse("n_shared_experts", MLA)
-        part.refuse("quantization_config", "quantized checkpoints are not supported yet")
+        _refuse_quantization(part, "quantization_config", "quant_method", "fp8")
     default = "mistral" if wrapper == "mistral3" else REQUIRED
     model_type = _model_type(text, HUGGINGFACE_DEFAULTS, default)
     architectures = fields.get("architectures", [])
@@ -232,6 +250,16 @@ def _tied_embeddings(fields: JsonFields, text: JsonFields) -> bool:
     # Mistral3Config ties unless told otherwise, so what transformers 5 saves of a Mistral Small 3.1
     # with its own output says true at the top and false below. For Llava either word is enough.
     return bool(said) and (all if fields.get("model_type") == "mistral3" else any)(said)
+
+
+def ties_unless_stored(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` leaves it to the weights if the output is the embedding.
+
+    transformers ties a Mistral3 model unless told otherwise at the top, and unties it again if it
+    finds an output of its own in the files. What it saves says true at the top and, as the default
+    of the text part, false below, whether the model was tied or not; older files say nothing.
+    """
+    return config.get("model_type") == "mistral3" and config.get("tie_word_embeddings") is not False
 
 
 def _rope_section(text: JsonFields, model_type: str) -> JsonFields:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.model.adapter_files import Adapter, read_adapter
+from mistral_kernels.model.checkpoint_files import open_safetensors
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.weight_table import Place
-from mistral_kernels.model.weights import check_parameters, open_safetensors
+from mistral_kernels.model.weights import check_parameters
 from mistral_kernels.ops.checks import compute_dtype, is_number
 
 # What is copied and rewritten as one: a parameter and (), or a stacked one and (expert,).

@@ -100,6 +100,7 @@ class Transformer(AdaptableModule, SavableModule):
         max_batch_size: int = 1,
         backend: str = "auto",
         layout: Layout | None = None,
+        allow_pickle: bool = False,
     ) -> Transformer:
         """Loads a checkpoint folder; nothing is allocated before all of it has been checked.
 
@@ -111,6 +112,8 @@ class Transformer(AdaptableModule, SavableModule):
             max_batch_size: most sequences that `generate` and `stream` run at once.
             backend: a preference, see the class.
             layout: "native" or "huggingface" where a folder holds both; None: native wins.
+            allow_pickle: also reads `consolidated.NN.pth` (or `.pt`) and `pytorch_model*.bin`, by
+                torch's restricted unpickler, which runs no code of theirs.
 
         Returns:
             The model, ready to run; its parameters are frozen.
@@ -120,11 +123,11 @@ class Transformer(AdaptableModule, SavableModule):
             ValueError: a file is damaged or unsupported; the text names file and key.
         """
         config = ModelConfig.from_folder(folder, layout)
-        checkpoint = Checkpoint(folder, config, layout)
+        checkpoint = Checkpoint(folder, config, layout, allow_pickle=allow_pickle)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model = cls(
-            config,
+            checkpoint.config,
             device=device,
             dtype=checkpoint.dtype if dtype is None else dtype,
             max_batch_size=max_batch_size,

@@ -5,6 +5,7 @@ The model keeps fewer, larger parameters than the files: wq, wk and wv are rows 
 """
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -35,11 +36,20 @@ STACKED_EXPERTS = {
 
 
 class Place(NamedTuple):
-    """Where a checkpoint's tensor belongs: `parameters[parameter][index]`, of this shape."""
+    """Where a checkpoint's tensor belongs: `parameters[parameter][index]`, of this shape.
+
+    With `transposed` the last two dimensions of that part are swapped, as the tensor has them.
+    """
 
     parameter: str
     index: tuple[int | slice, ...]
     shape: tuple[int, ...]
+    transposed: bool = False
+
+    def of(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The part of the parameters, a view whose elements are in the tensor's order."""
+        part = parameters[self.parameter][self.index]
+        return part.transpose(-1, -2) if self.transposed else part
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -117,6 +127,30 @@ def huggingface_table(config: ModelConfig, *, stacked: bool) -> dict[str, Place]
         for native, name in STACKED_EXPERTS.items() if stacked else ():
             key = key.replace(native, name)
         table[key] = place
+    return table
+
+
+def first_mixtral_table(config: ModelConfig) -> dict[str, Place]:
+    """The same for the first release of Mixtral, which stacks the experts of a layer.
+
+    The rows of all experts follow each other, `(experts * ffn_dim, hidden)`, of w2 too: it is
+    stored transposed. Source: transformers' convert_mixtral_weights_to_hf.py and mlx-examples'
+    llms/mixtral/convert.py, which both read the published `consolidated.NN.pt`; the files
+    themselves were not at hand.
+    """
+    table = {
+        key.replace("feed_forward.gate", "block_sparse_moe.gate"): place
+        for key, place in checkpoint_table(config).items()
+        if ".experts." not in key
+    }
+    ffn_dim = config.ffn_dim
+    shape = (config.experts * ffn_dim, config.hidden)
+    gate, up = slice(0, ffn_dim), slice(ffn_dim, 2 * ffn_dim)
+    for n in range(config.layers):
+        w13, w2 = f"layers.{n}.feed_forward.w13", f"layers.{n}.feed_forward.w2"
+        table[f"layers.{n}.block_sparse_moe.w1"] = Place(w13, (slice(None), gate), shape)
+        table[f"layers.{n}.block_sparse_moe.w2"] = Place(w2, (), shape, transposed=True)
+        table[f"layers.{n}.block_sparse_moe.w3"] = Place(w13, (slice(None), up), shape)
     return table
 
 

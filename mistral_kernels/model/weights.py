@@ -9,35 +9,38 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mistral_kernels.model.config import Layout, ModelConfig
+from mistral_kernels.model import fp8
+from mistral_kernels.model.checkpoint_files import (
+    DTYPES,
+    Stored,
+    huggingface_files,
+    native_files,
+    open_tensors,
+    read_headers,
+)
+from mistral_kernels.model.config import CONFIG_FILES, Layout, ModelConfig
+from mistral_kernels.model.config_formats import ties_unless_stored
 from mistral_kernels.model.json_fields import read_json
+from mistral_kernels.model.page_advice import Advice, advise
 from mistral_kernels.model.weight_table import (
     Place,
     checkpoint_table,
+    first_mixtral_table,
     huggingface_table,
     parameter_shapes,
 )
 
 logger = logging.getLogger("mistral_kernels")
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 # Tensors that a text model has no use for: rope frequencies are computed, and these prefixes are
 # the vision parts of multimodal checkpoints.
@@ -48,67 +51,10 @@ UNUSED = re.compile(
 )
 
 
-class Stored(NamedTuple):
-    """A tensor in a file, as the file's header describes it."""
-
-    path: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@contextmanager
-def open_safetensors(path: Path) -> Iterator[safe_open]:
-    """Maps a safetensors file; its tensors are views of the mapping and take no memory.
-
-    Args:
-        path: the file.
-
-    Yields:
-        The open file; its tensors on the CPU.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, or no safetensors file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        file = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from error
-    with file:
-        yield file
-
-
-def read_headers(paths: list[Path]) -> dict[str, Stored]:
-    """What the headers of some files say of their tensors, in the order of the files' bytes.
-
-    Args:
-        paths: safetensors files.
-
-    Returns:
-        Key to description.
-
-    Raises:
-        FileNotFoundError, ValueError: as `open_safetensors`; or two files hold the same key.
-    """
-    found: dict[str, Stored] = {}
-    for path in paths:
-        with open_safetensors(path) as file:
-            for key in file.offset_keys():
-                if key in found:
-                    raise ValueError(f"{path}: {key}: also in {found[key].path.name}")
-                header = file.get_slice(key)
-                found[key] = Stored(path, key, tuple(header.get_shape()), header.get_dtype())
-    return found
-
-
 def check_dtype(stored: Stored) -> None:
     """Raises a ValueError, naming file and key, unless the tensor's dtype can be read."""
     if stored.dtype not in DTYPES:
-        reason = "not supported yet" if stored.dtype.startswith("F8") else "not supported"
-        raise ValueError(f"{stored.path}: {stored.key}: dtype {stored.dtype} is {reason}")
+        raise ValueError(f"{stored.path}: {stored.key}: dtype {stored.dtype} is not supported")
 
 
 def check_shape(stored: Stored, expected: tuple[int, ...]) -> None:
@@ -141,41 +87,59 @@ class Checkpoint:
         folder: path of the checkpoint.
         config: the model, as read from that folder.
         layout: "native" or "huggingface"; None = the one that `config` was read from.
+        allow_pickle: whether `consolidated.NN.pth` and `pytorch_model*.bin` may be read.
 
     Attributes:
-        dtype: the dtype that most of the weights' bytes have (norms are sometimes wider).
-        nbytes: bytes of the tensors that the model takes.
+        config: the model; its embeddings are tied if the files say so and the config says nothing.
+        dtype: the dtype that most of the weights' bytes have (norms are sometimes wider); of those
+            that are not in 8 bits, as these are widened to it.
+        nbytes: bytes in the files of the tensors that the model takes.
 
     Raises:
         FileNotFoundError, NotADirectoryError: the folder or a file that it must hold is absent.
-        ValueError: a file is malformed, or a tensor is missing, unknown, misshapen or of a dtype
-            that is not supported; file and key are named.
+        ValueError: a file is malformed, or a pickle and not allowed, or a tensor is missing,
+            unknown, misshapen or of a dtype that is not supported; file and key are named.
     """
 
-    def __init__(self, folder: str | Path, config: ModelConfig, layout: Layout | None = None):
-        self.folder, self.config = Path(folder), config
+    def __init__(
+        self,
+        folder: str | Path,
+        config: ModelConfig,
+        layout: Layout | None = None,
+        *,
+        allow_pickle: bool = False,
+    ):
+        self.folder = Path(folder)
         rope_layout = "native" if config.interleaved else "huggingface"
         if (layout or rope_layout) != rope_layout:
             raise ValueError(f"layout: expected {rope_layout!r} as in config, got {layout!r}")
         if not self.folder.is_dir():
             raise NotADirectoryError(f"{self.folder}: expected a checkpoint folder")
-        find = _native_files if config.interleaved else _huggingface_files
-        files = find(self.folder)
+        find = native_files if config.interleaved else huggingface_files
+        files = find(self.folder, allow_pickle)
         stored = read_headers(files)
-        unused = [key for key in stored if UNUSED.fullmatch(key)]
-        for key in unused:
-            del stored[key]
-        if unused:
-            skipped = "%s: skipped %d tensors that a text model does not use, such as %s"
-            logger.info(skipped, self.folder, len(unused), unused[0])
+        self._drop(stored, UNUSED, "that a text model does not use")
+        self._drop(stored, fp8.ACTIVATION_SCALE, "that scale activations in 8 bits")
+        self._scales = _take_scales(stored)
+        self.config = _resolve_ties(self.folder, stored, config)
         source = files[0] if len(files) == 1 else self.folder
-        self._tensors = _assign(source, stored, config)
-        sizes: Counter[torch.dtype] = Counter()
+        self._tensors = _assign(source, stored, self.config, self._scales)
+        sizes: Counter[str] = Counter()
         for tensor, _ in self._tensors:
-            dtype = DTYPES[tensor.dtype]
-            sizes[dtype] += math.prod(tensor.shape) * dtype.itemsize
-        self.dtype: torch.dtype = max(sizes, key=sizes.__getitem__)
+            itemsize = 1 if tensor.dtype == fp8.DTYPE else DTYPES[tensor.dtype].itemsize
+            sizes[tensor.dtype] += math.prod(tensor.shape) * itemsize
         self.nbytes: int = sizes.total()
+        del sizes[fp8.DTYPE]
+        self.dtype: torch.dtype = DTYPES[max(sizes, key=sizes.__getitem__)]
+
+    def _drop(self, stored: dict[str, Stored], pattern: re.Pattern[str], reason: str) -> None:
+        """Takes keys out of `stored`, with one line about them."""
+        keys = [key for key in stored if pattern.fullmatch(key)]
+        for key in keys:
+            del stored[key]
+        if keys:
+            skipped = "%s: skipped %d tensors %s, such as %s"
+            logger.info(skipped, self.folder, len(keys), reason, keys[0])
 
     @torch.no_grad()
     def copy_to(self, parameters: Mapping[str, Tensor]) -> None:
@@ -189,68 +153,82 @@ class Checkpoint:
             ValueError: the parameters are not those of the model; nothing was written.
         """
         check_parameters(parameters, self.config)
+        for parameter in parameters.values():
+            advise(parameter, Advice.HUGE_PAGES)
+        scales = self._read_scales()
         columns = ("loading", BarColumn(), DownloadColumn(), TransferSpeedColumn())
         console, quiet = Console(stderr=True), not (sys.stderr and sys.stderr.isatty())
         with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
             bar = progress.add_task("", total=self.nbytes)
             for path, tensors in groupby(self._tensors, key=lambda pair: pair[0].path):
-                with open_safetensors(path) as file:
+                with open_tensors(path) as read:
                     for stored, place in tensors:
-                        tensor = file.get_tensor(stored.key)
-                        parameters[place.parameter][place.index].copy_(tensor)
+                        tensor, target = read(stored.key), place.of(parameters)
+                        advise(tensor, Advice.READ_AHEAD)
+                        if stored.key in scales:
+                            fp8.dequantise_(target, tensor, scales[stored.key])
+                        else:
+                            target.copy_(tensor.view(target.shape))
                         progress.advance(bar, tensor.nbytes)
 
-
-def _native_files(folder: Path) -> list[Path]:
-    single = folder / "consolidated.safetensors"
-    shards = sorted(folder.glob("consolidated-*-of-*.safetensors"))
-    return [single] if single.exists() else shards or _no_files(folder, "consolidated*.safetensors")
-
-
-def _huggingface_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        return _no_files(folder, "model.safetensors or its index")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: weight_map: expected an object, got {weight_map!r:.80}")
-    for key, name in weight_map.items():
-        # A plain name cannot lead out of the folder; links are followed, as hub caches use them.
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise ValueError(
-                f"{index}: {key}: expected the name of a .safetensors file in the folder, "
-                f"got {name!r:.80}"
-            )
-    return [folder / name for name in sorted(set(weight_map.values()))]
+    def _read_scales(self) -> dict[str, Tensor]:
+        """The scales of all weights in 8 bits, which may lie in other files than their weights."""
+        scales = {}
+        by_path = sorted(self._scales.items(), key=lambda pair: pair[1].path)
+        for path, pairs in groupby(by_path, key=lambda pair: pair[1].path):
+            with open_tensors(path) as read:
+                # Cloned: views would keep every file mapped.
+                scales |= {key: read(scale.key).clone() for key, scale in pairs}
+        return scales
 
 
-def _no_files(folder: Path, wanted: str) -> list[Path]:
-    """Raises the error for a folder with no safetensors file of its layout."""
-    for pattern in ("*.pth", "*.pt", "*.bin"):
-        for pickle in sorted(folder.glob(pattern)):
-            raise ValueError(
-                f"{folder}: holds {pickle.name} and no {wanted}; pickles are not read, "
-                "convert them to safetensors"
-            )
-    raise FileNotFoundError(f"{folder}: holds no {wanted}")
+def _take_scales(stored: dict[str, Stored]) -> dict[str, Stored]:
+    """Takes the scales of weights in 8 bits out of `stored`; key of the weight to scale."""
+    scales = {}
+    for key, scale in list(stored.items()):
+        if match := fp8.WEIGHT_SCALE.fullmatch(key):
+            weight = stored.get(f"{match[1]}weight")
+            if weight is None or weight.dtype != fp8.DTYPE:
+                raise ValueError(f"{scale.path}: {key}: scales no weight of dtype {fp8.DTYPE}")
+            check_dtype(scale)
+            if fp8.scale_grid(scale.shape, weight.shape) is None:
+                raise ValueError(
+                    f"{scale.path}: {key}: expected one scale, or one for each row or block of"
+                    f" {weight.shape}, got shape {scale.shape}"
+                )
+            scales[weight.key] = stored.pop(key)
+    return scales
+
+
+def _resolve_ties(folder: Path, stored: dict[str, Stored], config: ModelConfig) -> ModelConfig:
+    """The config, with tied embeddings where it leaves that to the files and they hold no output.
+
+    transformers ties such a model; with an output in the files it does not.
+    """
+    path = folder / CONFIG_FILES["huggingface"]
+    if config.interleaved or config.tied_embeddings or not path.exists():
+        return config
+    has_output = any(key.endswith("lm_head.weight") for key in stored)
+    silent = not has_output and ties_unless_stored(read_json(path))
+    return replace(config, tied_embeddings=True) if silent else config
+
+
+def _expected(stored: dict[str, Stored], config: ModelConfig) -> tuple[dict[str, Place], str, str]:
+    """The table that these files follow, and its keys of embedding and output."""
+    if not config.interleaved:
+        stacked = any(key.endswith("mlp.experts.gate_up_proj") for key in stored)
+        table = huggingface_table(config, stacked=stacked)
+        return table, "model.embed_tokens.weight", "lm_head.weight"
+    first_release = any(key.endswith(".block_sparse_moe.w1") for key in stored)
+    table = first_mixtral_table(config) if first_release else checkpoint_table(config)
+    return table, "tok_embeddings.weight", "output.weight"
 
 
 def _assign(
-    source: Path, stored: dict[str, Stored], config: ModelConfig
+    source: Path, stored: dict[str, Stored], config: ModelConfig, scales: dict[str, Stored]
 ) -> list[tuple[Stored, Place]]:
     """Pairs every tensor with its place; what is missing, unknown or misshapen is refused."""
-    if config.interleaved:
-        table = checkpoint_table(config)
-        embedding, output = "tok_embeddings.weight", "output.weight"
-    else:
-        stacked = any(key.endswith("mlp.experts.gate_up_proj") for key in stored)
-        table = huggingface_table(config, stacked=stacked)
-        embedding, output = "model.embed_tokens.weight", "lm_head.weight"
-    # First of all: scales beside low-bit weights would otherwise be reported as unknown tensors.
-    for tensor in stored.values():
-        check_dtype(tensor)
+    table, embedding, output = _expected(stored, config)
     pairs: dict[str, tuple[Stored, Place]] = {}
     tied = None
     for tensor in stored.values():
@@ -259,6 +237,12 @@ def _assign(
         key = re.sub(r"^language_model\.|(?<=^model\.)language_model\.", "", tensor.key)
         if key in pairs:
             raise ValueError(f"{tensor.path}: {tensor.key}: stored twice")
+        if tensor.key not in scales:
+            if tensor.dtype == fp8.DTYPE:
+                raise ValueError(
+                    f"{tensor.path}: {tensor.key}: dtype {tensor.dtype} without a scale"
+                )
+            check_dtype(tensor)
         if config.tied_embeddings and key == output:
             tied = tensor
         elif key not in table:
@@ -281,5 +265,5 @@ def _same_values(left: Stored, right: Stored) -> bool:
     """Whether two tensors are equal bit for bit; both stay in their mapped files."""
     if (left.shape, left.dtype) != (right.shape, right.dtype):
         return False
-    with open_safetensors(left.path) as left_file, open_safetensors(right.path) as right_file:
-        return torch.equal(left_file.get_tensor(left.key), right_file.get_tensor(right.key))
+    with open_tensors(left.path) as read_left, open_tensors(right.path) as read_right:
+        return torch.equal(read_left(left.key), read_right(right.key))

@@ -1,0 +1,227 @@
+"""Which files a checkpoint consists of, and what their headers say.
+
+A set of files is complete or refused: shards say how many they are, an index names them.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mistral_kernels.model.json_fields import read_json
+from mistral_kernels.model.pickles import load_pickle
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+SHARD = re.compile(r".+-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, as the file's header describes it."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[safe_open]:
+    """Maps a safetensors file; its tensors are views of the mapping and take no memory.
+
+    Args:
+        path: the file.
+
+    Yields:
+        The open file; its tensors on the CPU.
+
+    Raises:
+        FileNotFoundError, PermissionError: there is no such file, or it may not be read.
+        ValueError: the file is truncated, or no safetensors file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    path.open("rb").close()  # safetensors would call a file without permission a missing one
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from error
+    with file:
+        yield file
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Callable[[str], Tensor]]:
+    """Maps a safetensors file or a pickle, by its name.
+
+    Args:
+        path: the file.
+
+    Yields:
+        A function from key to tensor, a view of the mapping on the CPU.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_safetensors` and `load_pickle`.
+    """
+    if path.suffix != ".safetensors":
+        yield load_pickle(path).__getitem__
+        return
+    with open_safetensors(path) as file:
+        yield file.get_tensor
+
+
+def read_headers(paths: list[Path]) -> dict[str, Stored]:
+    """What the headers of some files say of their tensors, in the order of the files' bytes.
+
+    Args:
+        paths: safetensors files, or pickles.
+
+    Returns:
+        Key to description.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_tensors`; or two files hold the same key.
+    """
+    found: dict[str, Stored] = {}
+    for path in paths:
+        for stored in _read_header(path):
+            if stored.key in found:
+                raise ValueError(f"{path}: {stored.key}: also in {found[stored.key].path.name}")
+            found[stored.key] = stored
+    return found
+
+
+def _read_header(path: Path) -> list[Stored]:
+    if path.suffix != ".safetensors":
+        return [
+            Stored(path, key, tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)))
+            for key, tensor in load_pickle(path).items()
+        ]
+    with open_safetensors(path) as file:
+        headers = {key: file.get_slice(key) for key in file.offset_keys()}
+        return [
+            Stored(path, key, tuple(header.get_shape()), header.get_dtype())
+            for key, header in headers.items()
+        ]
+
+
+def native_files(folder: Path, allow_pickle: bool) -> list[Path]:
+    """The weight files of a Mistral-native folder.
+
+    One `consolidated.safetensors` wins over shards, and those over `consolidated.NN.pth`, or `.pt`
+    as the first Mixtral release has them.
+
+    Args:
+        folder: the checkpoint.
+        allow_pickle: whether pickles may be read.
+
+    Returns:
+        The files, all of them present.
+
+    Raises:
+        FileNotFoundError: there is none, or a shard is missing; it is named.
+        ValueError: shards of two sets, or only pickles and they are not allowed.
+    """
+    single = folder / "consolidated.safetensors"
+    if single.exists():
+        return [single]
+    shards = sorted(folder.glob("consolidated-*-of-*.safetensors"))
+    if shards:
+        return _whole_set(folder, shards)
+    found = sorted(folder.glob("consolidated.[0-9][0-9].*"))
+    pickles = [path for path in found if path.suffix in (".pth", ".pt")]
+    if not pickles:
+        raise _nothing(folder, "consolidated*.safetensors")
+    names = {pickle.name for pickle in pickles}
+    for number, pickle in enumerate(pickles):
+        expected = f"consolidated.{number:02}{pickle.suffix}"
+        if expected not in names:
+            raise FileNotFoundError(f"{folder / expected}: missing beside {pickle.name}")
+    return _allowed(pickles, allow_pickle)
+
+
+def huggingface_files(folder: Path, allow_pickle: bool) -> list[Path]:
+    """The weight files of a Hugging Face folder: one, or those that the index names.
+
+    Safetensors win over `pytorch_model*.bin`; arguments, result and errors as `native_files`.
+    """
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        single, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
+        files = [single] if single.exists() else []
+        if not files and index.exists():
+            files = _indexed(index, suffix)
+        if files:
+            return files if suffix == ".safetensors" else _allowed(files, allow_pickle)
+        for shard in sorted(folder.glob(f"{stem}-*-of-*{suffix}")):
+            raise FileNotFoundError(f"{index}: missing beside {shard.name}")
+    raise _nothing(folder, "model.safetensors or its index")
+
+
+def _whole_set(folder: Path, shards: list[Path]) -> list[Path]:
+    """The shards of one set, if their numbers are 1 to the total in their names."""
+    names = {shard.name for shard in shards}
+    for shard in shards:
+        match = SHARD.fullmatch(shard.name)
+        if not match or match["total"] != shards[0].stem.rpartition("-")[2]:
+            raise ValueError(f"{shard}: not a shard of one set with {shards[0].name}")
+    total, digits = int(match["total"]), len(match["number"])
+    for number in range(1, total + 1):
+        expected = f"consolidated-{number:0{digits}}-of-{match['total']}.safetensors"
+        if expected not in names:
+            raise FileNotFoundError(
+                f"{folder / expected}: missing, with {len(names)} of {total} shards there"
+                + _unfinished(folder)
+            )
+    return shards
+
+
+def _indexed(index: Path, suffix: str) -> list[Path]:
+    """The files that an index names; they lie beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map: expected an object, got {weight_map!r:.80}")
+    for key, name in weight_map.items():
+        # A plain name cannot lead out of the folder; links are followed, as hub caches use them.
+        if not isinstance(name, str) or not re.fullmatch(rf"[\w.-]+\{suffix}", name):
+            raise ValueError(
+                f"{index}: {key}: expected the name of a {suffix} file in the folder, "
+                f"got {name!r:.80}"
+            )
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.is_file():
+            unfinished = _unfinished(index.parent)
+            raise FileNotFoundError(f"{file}: no such file, but {index.name} names it{unfinished}")
+    return files
+
+
+def _allowed(pickles: list[Path], allow_pickle: bool) -> list[Path]:
+    if not allow_pickle:
+        raise ValueError(
+            f"{pickles[0]}: a pickle, which could hold code; it is read, without running any,"
+            " with allow_pickle=True"
+        )
+    return pickles
+
+
+def _nothing(folder: Path, wanted: str) -> FileNotFoundError:
+    return FileNotFoundError(f"{folder}: holds no {wanted}{_unfinished(folder)}")
+
+
+def _unfinished(folder: Path) -> str:
+    """A clause on a download that was cut short, as huggingface_hub leaves it; or nothing."""
+    for place in (folder, folder / ".cache" / "huggingface" / "download"):
+        for part in sorted(place.glob("*.incomplete")):
+            return f"; a download is not finished, {part.relative_to(folder)} is left of it"
+    return ""
