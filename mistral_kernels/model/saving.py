@@ -3,18 +3,16 @@
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mistral_kernels.model.byte_bar import byte_bar
 from mistral_kernels.model.config import CONFIG_FILES, Layout, ModelConfig
 from mistral_kernels.model.config_writing import huggingface_config, native_params
 from mistral_kernels.model.json_fields import read_json
@@ -115,10 +113,8 @@ def _write_weights(
         filename_pattern=pattern,
         max_shard_size=max_shard_bytes,
     )
-    columns = ("saving", BarColumn(), DownloadColumn(), TransferSpeedColumn())
     mode = next(folder.iterdir()).stat().st_mode  # of an ordinary new file
-    console, quiet = Console(stderr=True), not (sys.stderr and sys.stderr.isatty())
-    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+    with byte_bar("saving") as progress:
         bar = progress.add_task("", total=split.metadata["total_size"])
         for name, keys in split.filename_to_tensors.items():
             # Views of the model's memory; only reordered wq and wk are copies, a shard's at most.

@@ -7,7 +7,6 @@ tensor goes from the mapped file straight to its place in the model.
 import logging
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,11 +14,10 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 from torch import Tensor
 
 from mistral_kernels.model import fp8
+from mistral_kernels.model.byte_bar import byte_bar
 from mistral_kernels.model.checkpoint_files import (
     DTYPES,
     Stored,
@@ -156,9 +154,7 @@ class Checkpoint:
         for parameter in parameters.values():
             advise(parameter, Advice.HUGE_PAGES)
         scales = self._read_scales()
-        columns = ("loading", BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        console, quiet = Console(stderr=True), not (sys.stderr and sys.stderr.isatty())
-        with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+        with byte_bar("loading") as progress:
             bar = progress.add_task("", total=self.nbytes)
             for path, tensors in groupby(self._tensors, key=lambda pair: pair[0].path):
                 with open_tensors(path) as read:
