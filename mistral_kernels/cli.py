@@ -54,9 +54,13 @@ class Layout(StrEnum):
     huggingface = "huggingface"
 
 
+# No Path: to it "./org/name", a folder, and "org/name", a model of the hub, are the same.
 FolderArgument = Annotated[
-    Path | None,
-    typer.Argument(help="Checkpoint folder [default: a tiny built-in model]."),
+    str | None,
+    typer.Argument(
+        help="Checkpoint folder, or org/name of the Hugging Face hub"
+        " [default: a tiny built-in model]."
+    ),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N [default: cuda if present].")
