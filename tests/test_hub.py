@@ -1,6 +1,7 @@
 """Models named as on the hub: what is downloaded, what the cache serves, what is refused."""
 
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hub_server import NAME, Hub, repository_cache, running_hub, write_snapshot
 from huggingface_hub import constants
 
 from mistral_kernels import ModelConfig, Transformer
+from mistral_kernels.checkpoint_info import collect_checkpoint
 from mistral_kernels.model import TINY_MIXTRAL
 from mistral_kernels.model.hub import DownloadError, resolve_folder
 from mistral_kernels.model.tokenizer import Tokenizer
@@ -86,6 +88,12 @@ def test_model_tokenizer_and_config_take_the_name(hub):
         assert torch.equal(parameter, local.get_parameter(name))
 
 
+def test_info_downloads_no_weights(hub):
+    facts = collect_checkpoint(NAME)
+    assert hub.sent() == {"params.json", TOKENIZER}
+    assert (facts["name"], facts["files"]) == (NAME, {}) and "consolidated" in facts["problem"]
+
+
 def test_what_is_not_supported_is_not_downloaded(hub):
     hub.models[NAME] |= {"params.json": b'{"kv_lora_rank": 512, "dim": 8}'}
     with pytest.raises(ValueError, match="MLA"):
@@ -153,6 +161,14 @@ def test_a_failed_download_is_one_error(hub, monkeypatch, refused, reason):
         resolve_folder(NAME)
     for part in (f"{NAME}: no such folder here", reason, "HF_HUB_OFFLINE=1", "\n"):
         assert (part in str(caught.value)) == (part != "\n")
+
+
+def test_a_silent_hub_is_not_waited_for(cache, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        use_hub(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(DownloadError, match="ReadTimeout"):
+            resolve_folder(NAME)
 
 
 def test_a_full_disk_is_told(hub, monkeypatch):

@@ -190,10 +190,13 @@ def _begun(names: Collection[str]) -> Layout | None:
 
 def _download(model: Model, snapshot: Path | None) -> Path:
     """Downloads what is missing of one set of weights, or of configuration and tokenizer alone."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
-    listing = HfApi().model_info(model.repository, revision=model.revision).siblings or []
-    names = {file.rfilename for file in listing}
+    # Left to itself, huggingface_hub waits for a silent hub for ever.
+    found = HfApi().model_info(
+        model.repository, revision=model.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
+    )
+    names = {file.rfilename for file in found.siblings or ()}
     layout = LAYOUTS[model.layout or _begun(_names(snapshot)) or _begun(names) or "native"]
     weights = layout.among(names)
     if layout.config not in names or not weights:
@@ -248,3 +251,16 @@ def _download_error(
         f" downloaded: {reason}; {cached}. To work offline, download it on another machine and"
         " give its folder, or copy its cache and set HF_HUB_OFFLINE=1"
     )
+
+
+def model_name(folder: str | Path) -> str:
+    """The name of a checkpoint: its folder's, or for one in the hub cache the repository's.
+
+    >>> model_name("/home/me/.cache/huggingface/hub/models--org--name/snapshots/0123abcd")
+    'org/name'
+    """
+    folder = Path(folder).absolute()
+    repository = folder.parents[1].name if len(folder.parents) > 1 else ""
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return folder.name
