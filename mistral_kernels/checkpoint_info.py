@@ -81,12 +81,13 @@ def collect_checkpoint(folder: str | Path, layout: Layout | None = None) -> dict
         "files": {path.name: path.stat().st_size for path in files},
         "stored": _stored_values(files),
     }
-    config, problem = None, None
+    config, dtype, problem = None, _dtype_to_be(facts["stored"]), None
     try:
         config = ModelConfig.from_folder(folder, layout)
-        dtype = Checkpoint(folder, config, layout).dtype
+        checkpoint = Checkpoint(folder, config, layout)
+        config, dtype = checkpoint.config, checkpoint.dtype
     except (ValueError, OSError) as error:
-        problem, dtype = str(error), _dtype_to_be(facts["stored"])
+        problem = str(error)
     tokenizer = _tokenizer_facts(folder, config)
     chat_model = tokenizer["chat_template"] or is_chat_name(facts["name"])
     facts |= {"problem": problem, "tokenizer": tokenizer, "chat_model": chat_model}
