@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import native_params, tiny_config, write_huggingface, write_native
+from checkpoints import (
+    native_params,
+    native_tensors,
+    tiny_config,
+    write_huggingface,
+    write_native,
+)
 from command_line import assert_refused, run_cli
 from tiny_models import random_model
 
@@ -173,6 +179,15 @@ def test_weights_that_cannot_be_read(tmp_path):
     weights.rename(tmp_path / "consolidated.00.pth")
     facts = info_json(tmp_path)
     assert "pickle" in facts["problem"] and list(facts["files"]) == ["consolidated.00.pth"]
+
+
+def test_weights_in_8_bits_without_their_scale(tmp_path):
+    tensors, key = native_tensors(tiny_config()), "layers.0.attention.wq.weight"
+    tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+    write_native(tmp_path, tiny_config(), tensors)
+    facts = info_json(tmp_path)
+    assert key in facts["problem"] and facts["dtype"] == "float32"
+    assert facts["stored"]["F8_E4M3"] == tensors[key].numel()
 
 
 def test_tokenizers_that_are_missing_or_too_large(tmp_path):
