@@ -211,7 +211,19 @@ def test_a_local_path_wins(hub, tmp_path):
 @pytest.mark.parametrize(
     "folder",
     ["name", "./a/b", "/no/where", "a/b/c", "../x", "../../etc", "org/..", "org/../etc", "a\\b/c"]
-    + ["a/b--c", "a--b/c", "a/b@../../c", "a/b@/etc", "a/b@", "a/", "/b", "a/b\n", Path("a/b")],
+    + [
+        "a/b--c",
+        "a--b/c",
+        "a/b@../../c",
+        "a/b@c/../../d",
+        "a/b..c",
+        "a/b@/etc",
+        "a/b@",
+        "a/",
+        "/b",
+        "a/b\n",
+        Path("a/b"),
+    ],
 )
 def test_what_is_no_name_never_reaches_the_hub(hub: Hub, folder):
     with pytest.raises(FileNotFoundError, match="no such folder$"):
