@@ -54,9 +54,13 @@ class Layout(StrEnum):
     huggingface = "huggingface"
 
 
+# No Path: to it "./org/name", a folder, and "org/name", a model of the hub, are the same.
 FolderArgument = Annotated[
-    Path | None,
-    typer.Argument(help="Checkpoint folder [default: a tiny built-in model]."),
+    str | None,
+    typer.Argument(
+        help="Checkpoint folder, or org/name of the Hugging Face hub"
+        " [default: a tiny built-in model]."
+    ),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N [default: cuda if present].")
@@ -301,16 +305,32 @@ def _print_rates(result: dict[str, Any]) -> None:
 
 
 @app.command()
-def info(as_json: JsonOption = False) -> None:
-    """Tell versions, what was built, GPUs, and which backend serves each op."""
-    from mistral_kernels.info import collect
-    from mistral_kernels.tables import print_info
+def info(
+    folder: Annotated[
+        str | None,
+        typer.Argument(
+            help="Checkpoint folder, or org/name of the Hugging Face hub [default: tell of this"
+            " installation and machine]."
+        ),
+    ] = None,
+    layout: Annotated[Layout | None, typer.Option(help="Where a folder holds both.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell of this installation and machine, or of a checkpoint and whether it fits here."""
+    from mistral_kernels import tables
 
-    facts = collect()
+    if folder is None:
+        from mistral_kernels.info import collect
+
+        facts, show = collect(), tables.print_info
+    else:
+        from mistral_kernels.checkpoint_info import collect_checkpoint
+
+        facts, show = collect_checkpoint(folder, layout), tables.print_checkpoint
     if as_json:
         print(json.dumps(facts))
     else:
-        print_info(facts)
+        show(facts)
 
 
 @app.command()

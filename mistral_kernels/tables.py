@@ -1,4 +1,4 @@
-"""The tables of `mistral-kernels info` and `verify`, printed to stdout."""
+"""The tables of `mistral-kernels info`, `info FOLDER` and `verify`, printed to stdout."""
 
 from __future__ import annotations
 
@@ -32,6 +32,103 @@ def print_info(facts: dict[str, Any]) -> None:
         ["op", *(f"on {device}" for device in devices)],
         ([op, *served.values()] for op, served in facts["ops"].items()),
     )
+
+
+def print_checkpoint(facts: dict[str, Any]) -> None:
+    """Print what `mistral_kernels.checkpoint_info.collect_checkpoint` returned."""
+    _print_table(["checkpoint", ""], _checkpoint_rows(facts))
+    if facts["parameters"] is None:
+        return
+    parts = [(part, *numbers.values()) for part, numbers in facts["parts"].items()]
+    total = ("all", facts["parameters"]["total"], facts["bytes"])
+    _print_table(
+        ["part", "parameters", f"as {facts['dtype']}"],
+        ([part, f"{count:,}", _size(size)] for part, count, size in [*parts, total]),
+    )
+    cache = facts["cache"]
+    _print_table(
+        ["cache of one sequence", f"as {facts['dtype']}"],
+        [
+            ["each token, while no window is full", _size(cache["bytes_per_token"])],
+            *([_tokens(count, facts), _size(size)] for count, size in cache["bytes"].items()),
+        ],
+    )
+    columns = ["weights", "cache", "working", "needed", "free"]
+    _print_table(
+        [f"{facts['context']} tokens, {facts['prompt']} at once, on", *columns, "fits"],
+        (
+            [device, *(_size(needs[name]) for name in columns), _verdict(needs["short"])]
+            for device, needs in facts["memory"].items()
+        ),
+    )
+    _print_table(
+        [f"op in {facts['dtype']}", *(f"on {device}" for device in facts["ops"])],
+        zip(*_columns(list(facts["ops"].values())), strict=True),
+    )
+
+
+def _checkpoint_rows(facts: dict[str, Any]) -> list[list[object]]:
+    """What a checkpoint is, one line each; what is not known is left out."""
+    files, stored, tokenizer = facts["files"], facts["stored"], facts["tokenizer"]
+    rows = {
+        "name": facts["name"],
+        "folder": facts["folder"],
+        "layout": facts["layout"],
+        "cannot be loaded": facts["problem"],
+        "weight files": f"{len(files)} of {_size(sum(files.values()))}" if files else "none here",
+        "values in them": [f"{count:,} {dtype}" for dtype, count in (stored or {}).items()],
+    }
+    if facts["parameters"]:
+        total, active = (f"{count:,}" for count in facts["parameters"].values())
+        rows |= {
+            "of the shape of": facts["family"] or "no published model",
+            "parameters": total if total == active else f"{total}, {active} active for a token",
+            "windows": [f"{_window(window)} x {layers}" for window, layers in facts["windows"]],
+            "made for positions": facts["max_positions"],
+        }
+    version = f", version {tokenizer['version']}" if tokenizer["version"] else ""
+    if tokenizer["file"]:
+        rows["tokenizer"] = (
+            f"{tokenizer['file']}, {tokenizer['kind']}{version}, {tokenizer['vocab']:,} tokens"
+        )
+        rows["chat template file"] = "yes" if tokenizer["chat_template"] else "no"
+    rows["tokenizer problem"] = tokenizer["problem"]
+    rows["chat model"] = "yes" if facts["chat_model"] else "no sign of it"
+    return [[name, value] for name, value in rows.items() if value]
+
+
+def _tokens(count: int, facts: dict[str, Any]) -> str:
+    """What is special about a number of tokens that a cache is measured at."""
+    windows = [window for window, _ in facts["windows"]]
+    marks = [f"window of {count} full"] * (count in windows)
+    marks += ["all that the model was made for"] * (count == facts["max_positions"])
+    return f"{count} tokens" + (f" ({', '.join(marks)})" if marks else "")
+
+
+def _columns(by_device: list[dict[str, str]]) -> list[list[str]]:
+    """The ops, then what serves each on one device after another."""
+    ops = list(by_device[0])
+    return [ops, *([served[op] for op in ops] for served in by_device)]
+
+
+def _window(window: int | None) -> str:
+    return "full" if window is None else str(window)
+
+
+def _verdict(short: int | None) -> str:
+    if short is None:
+        return "free memory is not known"
+    return f"no, {_size(short)} short" if short else "yes"
+
+
+def _size(count: int | None) -> str | None:
+    """A number of bytes with three digits or so."""
+    if count is None:
+        return None
+    unit = min(max(count.bit_length() - 1, 0) // 10, 4)
+    number = count / 2 ** (10 * unit)
+    digits = 0 if unit == 0 or number >= 100 else 1 if number >= 10 else 2
+    return f"{number:.{digits}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
 
 
 def print_report(report: Report) -> None:

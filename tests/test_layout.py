@@ -20,6 +20,7 @@ LIBRARY = ("kernels", "mistral_kernels/ops", "mistral_kernels/model")
 RANKS = {"_C": 0, "kernels": 0, "tolerance": 0, "ops": 1, "model": 2, "integrations": 3}
 RANKS |= dict.fromkeys(("cli", "chat", "verify", "routing", "info", "tables"), 3)
 RANKS["lora_options"] = 3
+RANKS |= dict.fromkeys(("checkpoint_info", "free_memory"), 3)
 
 
 def sources(folder: str, *endings: str) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from mistral_kernels.model.config_formats import huggingface_fields, native_fields
 from mistral_kernels.model.families import known_fields
+from mistral_kernels.model.hub import resolve_folder
 from mistral_kernels.model.json_fields import read_json
 
 Layout = Literal["native", "huggingface"]
@@ -185,19 +186,21 @@ class ModelConfig:
         """Reads a checkpoint folder's configuration.
 
         Args:
-            folder: path of the checkpoint.
+            folder: path of the checkpoint, or a model of the Hugging Face hub as `resolve_folder`
+                takes it; its weights are not downloaded.
             layout: "native" or "huggingface"; None finds out, see `folder_layout`.
 
         Returns:
             The configuration.
 
         Raises:
-            FileNotFoundError, NotADirectoryError: there is no such folder or file.
+            OSError: there is no such folder or file, or it cannot be downloaded.
             ValueError: the file is malformed or describes a model that is not supported; file and
                 key are named.
         """
+        folder = resolve_folder(folder, layout=layout, weights=False)
         layout = folder_layout(folder, layout)
-        path = Path(folder) / CONFIG_FILES[layout]
+        path = folder / CONFIG_FILES[layout]
         values = read_json(path)
         try:
             return cls.from_native(values) if layout == "native" else cls.from_huggingface(values)

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from mistral_kernels.model.chat_format import Messages, check_conversation, find_chat_template
 from mistral_kernels.model.config import CONFIG_FILES, ModelConfig
+from mistral_kernels.model.hub import resolve_folder
 from mistral_kernels.model.mistral_tokens import REPLACEMENT, SentencePieceTokens, TekkenTokens
 from mistral_kernels.model.tokenizer_files import tokenizer_files
 from mistral_kernels.model.tokenizer_json import JsonTokens
@@ -102,16 +103,19 @@ class Tokenizer:
         is logged as a warning.
 
         Args:
-            folder: path of the checkpoint.
+            folder: path of the checkpoint, or a model of the Hugging Face hub as `resolve_folder`
+                takes it; its weights are not downloaded.
             config: the model's configuration; None reads the folder's, should it matter.
 
         Raises:
-            FileNotFoundError: there is no tokenizer; names the file names that were looked for.
+            OSError: there is no tokenizer; names the file names that were looked for. Or it cannot
+                be downloaded.
             ValueError: a file is damaged, or two disagree and the model's vocabulary does not
                 settle which one is its; names the files.
         """
+        folder = resolve_folder(folder, weights=False)
         found = [cls(path) for path in tokenizer_files(folder)]
-        return found[0] if len(found) == 1 else _settle(*found, Path(folder), config)
+        return found[0] if len(found) == 1 else _settle(*found, folder, config)
 
     @property
     def has_chat_template(self) -> bool:

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from mistral_kernels.model.adaptable_module import AdaptableModule
+from mistral_kernels.model.backends import choose_backends
 from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import Layout, ModelConfig
+from mistral_kernels.model.hub import resolve_folder
 from mistral_kernels.model.layers import BATCH_INVARIANT, Block, Kernels, parameter
 from mistral_kernels.model.rope_tables import RopeTables, rope_tables
 from mistral_kernels.model.savable_module import SavableModule
 from mistral_kernels.model.step import plan_step
 from mistral_kernels.model.weights import Checkpoint
-from mistral_kernels.ops import dispatch
 from mistral_kernels.ops.checks import FLOATS, compute_dtype, is_int
 from mistral_kernels.ops.dispatch import BoundOp
 
@@ -106,7 +107,8 @@ class Transformer(AdaptableModule, SavableModule):
 
         Args:
             folder: Mistral-native (`params.json`, `consolidated*.safetensors`) or Hugging Face
-                (`config.json`, `*.safetensors`).
+                (`config.json`, `*.safetensors`); or the name of a model on the Hugging Face hub,
+                which is downloaded where the cache lacks it, see `resolve_folder`.
             device: None: cuda if present, else cpu.
             dtype: None: the checkpoint's.
             max_batch_size: most sequences that `generate` and `stream` run at once.
@@ -120,8 +122,11 @@ class Transformer(AdaptableModule, SavableModule):
 
         Raises:
             FileNotFoundError: the folder, its configuration or a weight file is missing.
+            DownloadError: an OSError; a model of the hub cannot be downloaded.
             ValueError: a file is damaged or unsupported; the text names file and key.
         """
+        ModelConfig.from_folder(folder, layout)  # what is not supported is never downloaded
+        folder = resolve_folder(folder, layout=layout)
         config = ModelConfig.from_folder(folder, layout)
         checkpoint = Checkpoint(folder, config, layout, allow_pickle=allow_pickle)
         if device is None:
@@ -134,7 +139,7 @@ class Transformer(AdaptableModule, SavableModule):
             backend=backend,
         )
         checkpoint.copy_to(dict(model.named_parameters()))
-        model.folder = Path(folder)
+        model.folder = folder
         return model
 
     @property
@@ -166,30 +171,7 @@ class Transformer(AdaptableModule, SavableModule):
         Raises:
             ValueError: no such backend; then nothing has changed.
         """
-        config = self.config
-        facts = (
-            ("group", config.q_heads // config.kv_heads),
-            ("head_dim", config.head_dim),
-            ("hidden", config.hidden),
-        )
-        feed_forward = ("route_experts", "expert_mlp") if config.experts else ("silu_mul",)
-        attention = ("rope_", "store_kv_", "prefill_attention", "decode_attention")
-        if backend not in ("auto", *dispatch.BACKENDS):
-            raise ValueError(
-                f"Transformer: backend must be 'auto' or one of {dispatch.BACKENDS},"
-                f" got {backend!r}"
-            )
-        chosen = {
-            op: dispatch.prefer(
-                op,
-                device_type=self.device.type,
-                capability=dispatch.device_capability(self.device),
-                dtype=self.dtype,
-                facts=facts,
-                backend=backend,
-            )
-            for op in ("rms_norm", "add_rms_norm", "linear", *attention, *feed_forward)
-        }
+        chosen = choose_backends(self.config, device=self.device, dtype=self.dtype, backend=backend)
         self.backend = backend
         # In place: the blocks share this dict.
         self._kernels.update({op: BoundOp(op, name) for op, name in chosen.items()})
