@@ -1,4 +1,4 @@
-"""The command line: `mistral-kernels generate`, `info` and `verify`.
+"""The command line: `mistral-kernels generate`, `chat`, `info` and `verify`.
 
 stdout carries only the result (text, JSON or a table); rates, progress and errors go to stderr.
 Exit status: 0; 1 where `verify` finds a miss; 2 for bad input, told in one line; 130 after Ctrl-C.
@@ -11,61 +11,39 @@ import json
 import logging
 import os
 import sys
-import time
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated
 
 import typer
 
-from mistral_kernels.lora_options import (
-    LoraOption,
-    LoraScalingOption,
-    LoraWeightOption,
-    asked_adapters,
-    load_adapters,
-)
+from mistral_kernels.lora_options import LoraOption, LoraScalingOption, LoraWeightOption
 from mistral_kernels.model import TINY_MIXTRAL
-
-if TYPE_CHECKING:
-    import torch
-
-    from mistral_kernels import Transformer
-    from mistral_kernels.model.tokenizer import Tokenizer
+from mistral_kernels.options import (
+    BackendOption,
+    ChunkSizeOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    FolderArgument,
+    JsonOption,
+    LayoutOption,
+    MaxTokensOption,
+    Sampling,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    load_model,
+    torch_device,
+    torch_dtype,
+)
+from mistral_kernels.rates import rates_line
+from mistral_kernels.text_input import MessageReader, given_text, read_prompt
 
 logger = logging.getLogger("mistral_kernels")
 
 # No rich markup: it would take the brackets of "[default: ...]" for tags.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
-class Dtype(StrEnum):
-    """Dtypes that a model can run in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Layout(StrEnum):
-    """Checkpoint layouts."""
-
-    native = "native"
-    huggingface = "huggingface"
-
-
-# No Path: to it "./org/name", a folder, and "org/name", a model of the hub, are the same.
-FolderArgument = Annotated[
-    str | None,
-    typer.Argument(
-        help="Checkpoint folder, or org/name of the Hugging Face hub"
-        " [default: a tiny built-in model]."
-    ),
-]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N [default: cuda if present].")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -111,18 +89,6 @@ def _options(
 ) -> None: ...
 
 
-class Sampling(NamedTuple):
-    """The options that `mistral_kernels.stream` takes under the same names."""
-
-    max_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int | None
-    seed: int | None
-    chunk_size: int | None
-    stop: tuple[str, ...]
-
-
 @app.command()
 def generate(
     folder: FolderArgument = None,
@@ -130,26 +96,22 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option(help="File to read it from [default: stdin].")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from this much probability.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    chunk_size: Annotated[
-        int | None, typer.Option(help="Read the prompt in pieces of this many tokens.")
-    ] = None,
+    max_tokens: MaxTokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = None,
+    seed: SeedOption = None,
+    chunk_size: ChunkSizeOption = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; may be given repeatedly.")
     ] = None,
     lora: LoraOption = None,
     lora_scaling: LoraScalingOption = None,
     lora_weight: LoraWeightOption = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="[default: the checkpoint's].")] = None,
+    dtype: DtypeOption = None,
     device: DeviceOption = None,
-    backend: Annotated[
-        str, typer.Option(help="Preferred kernels: reference, cpu, triton or cuda.")
-    ] = "auto",
-    layout: Annotated[Layout | None, typer.Option(help="Where a folder holds both.")] = None,
+    backend: BackendOption = "auto",
+    layout: LayoutOption = None,
     stream: Annotated[
         bool | None, typer.Option(help="Show text as it comes [default: yes, but not with --json].")
     ] = None,
@@ -158,150 +120,82 @@ def generate(
     """Continue a text; the rates of prompt and decode go to stderr."""
     if as_json and stream:
         raise ValueError("--stream and --json exclude each other")
-    text = _read_prompt(prompt, prompt_file)
+    text = read_prompt(prompt, prompt_file)
 
-    from mistral_kernels import ModelConfig, Transformer
+    from mistral_kernels.continuation import continue_text
     from mistral_kernels.model.stop_text import stop_strings
-    from mistral_kernels.model.tokenizer import Tokenizer
 
     stops = stop_strings(stop, "--stop")
-    folder = folder or TINY_MIXTRAL
-    config = ModelConfig.from_folder(folder, layout)
-    tokenizer = Tokenizer.from_folder(folder)
-    tokenizer.check_fits(config)  # before the weights, which may take minutes to read
-    adapters = asked_adapters(config, lora, lora_scaling, lora_weight)
-    model = Transformer.from_folder(
-        folder, device=_device(device), dtype=_dtype(dtype), backend=backend, layout=layout
+    model, tokenizer = load_model(
+        folder,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        layout=layout,
+        lora=lora,
+        lora_scaling=lora_scaling,
+        lora_weight=lora_weight,
     )
-    model.tokenizer = tokenizer
-    load_adapters(model, adapters)
-    sampling = Sampling(max_tokens, temperature, top_p, top_k, seed, chunk_size, stops)
-    result = _continue_text(model, tokenizer, text, sampling, show=not (as_json or stream is False))
+    sampling = Sampling(max_tokens, temperature, top_p, top_k, seed, chunk_size)
+    show = not (as_json or stream is False)
+    result = continue_text(model, tokenizer, text, sampling, stop=stops, show=show)
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
     elif stream is False:
         print(result["text"])
-    _print_rates(result)
+    print(rates_line(result["timings"]), file=sys.stderr)
 
 
-def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    """The prompt given, or the text of the file or stdin without the newline at its end."""
-    if prompt is not None and prompt_file is not None:
-        raise ValueError("--prompt and --prompt-file exclude each other")
-    if prompt is not None:
-        source, data = "--prompt", os.fsencode(prompt)  # the bytes that the shell passed
-    elif prompt_file is not None:
-        source, data = str(prompt_file), _without_newline(prompt_file.read_bytes())
-    else:
-        if sys.stdin is None:
-            raise ValueError("stdin is closed: give a --prompt or a --prompt-file")
-        if sys.stdin.isatty():
-            print("Type the prompt; Ctrl-D on an empty line ends it.", file=sys.stderr)
-        source, data = "stdin", _without_newline(sys.stdin.buffer.read())
-    if not data:
-        raise ValueError(f"{source}: the prompt is empty")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source}: the prompt is not UTF-8: {error}") from error
+@app.command()
+def chat(
+    folder: FolderArgument = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    system_file: Annotated[Path | None, typer.Option(help="File to read it from.")] = None,
+    max_tokens: MaxTokensOption = 1024,
+    temperature: TemperatureOption = 0.7,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = None,
+    seed: SeedOption = None,
+    chunk_size: ChunkSizeOption = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of a conversation [default: the model's, at most 8192]."),
+    ] = None,
+    lora: LoraOption = None,
+    lora_scaling: LoraScalingOption = None,
+    lora_weight: LoraWeightOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    backend: BackendOption = "auto",
+    layout: LayoutOption = None,
+) -> None:
+    """Talk with a model; /help tells what else can be typed."""
+    system = given_text("--system", system, system_file)
+    reader = MessageReader()
 
+    from mistral_kernels.chat import run_chat
 
-def _without_newline(data: bytes) -> bytes:
-    return data.removesuffix(b"\n").removesuffix(b"\r")
-
-
-def _device(name: str | None) -> torch.device | None:
-    import torch
-
-    if name is None:
-        return None
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def _dtype(name: Dtype | None) -> torch.dtype | None:
-    import torch
-
-    return name and getattr(torch, name)
-
-
-def _continue_text(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, sampling: Sampling, *, show: bool
-) -> dict[str, Any]:
-    """Generate, write the text to stdout as it comes if `show`, and return what --json writes."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    import mistral_kernels
-    from mistral_kernels.model.stop_text import StopText
-    from mistral_kernels.model.tokenizer import TextStream
-
-    ids = tokenizer.encode(prompt)
-    stream = TextStream(tokenizer, continued=True)
-    before_stop = StopText(sampling.stop)
-    pieces, tokens, logprobs, times = [], [], [], [time.perf_counter()]
-    hidden = show or not (sys.stderr and sys.stderr.isatty())
-    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as progress:
-        task = progress.add_task("tokens", total=sampling.max_tokens)
-        for _, token, logprob in mistral_kernels.stream(
-            [ids], model, eos_id=tokenizer.eos_id, **sampling._asdict()
-        ):
-            times.append(time.perf_counter())
-            tokens.append(token)
-            logprobs.append(logprob)
-            pieces.append(before_stop.push(stream.push(token)))
-            progress.advance(task)
-            if show:
-                print(pieces[-1], end="", flush=True)
-        times.append(time.perf_counter())
-    pieces.append(before_stop.push(stream.finish()) + before_stop.finish())
-    if show:
-        print(pieces[-1])
-    ended = before_stop.stopped or len(tokens) < sampling.max_tokens
-    return {
-        "prompt": prompt,
-        "text": "".join(pieces),
-        "tokens": tokens,
-        "logprobs": logprobs,
-        "finish_reason": "stop" if ended else "length",
-        "timings": _timings(len(ids), len(tokens), times),
-    }
-
-
-def _timings(prompt_tokens: int, new_tokens: int, times: list[float]) -> dict[str, Any]:
-    """Times of the prompt, which yields the first token, and of the tokens after it.
-
-    `times` holds the start, the arrival of each new token, and the end.
-    """
-    prompt_s = times[1] - times[0]
-    decode_s = times[new_tokens] - times[1]
-    decoded = max(new_tokens - 1, 0)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "prompt_ms": prompt_s * 1e3,
-        "prompt_tokens_per_s": prompt_tokens / prompt_s,
-        "decode_tokens": decoded,
-        "decode_ms": decode_s * 1e3 if decoded else 0.0,
-        "decode_tokens_per_s": decoded / decode_s if decoded else None,
-    }
-
-
-def _print_rates(result: dict[str, Any]) -> None:
-    timings, parts = result["timings"], []
-    for phase in ("prompt", "decode"):
-        rate = timings[f"{phase}_tokens_per_s"]
-        parts.append(
-            f"{phase}: {timings[f'{phase}_tokens']} tokens in {timings[f'{phase}_ms']:.1f} ms"
-            + (f" ({rate:.1f} tokens/s)" if rate else "")
-        )
-    print("; ".join(parts), file=sys.stderr)
+    folder = folder or TINY_MIXTRAL
+    model, tokenizer = load_model(
+        folder,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        layout=layout,
+        lora=lora,
+        lora_scaling=lora_scaling,
+        lora_weight=lora_weight,
+        for_chat=True,
+    )
+    run_chat(
+        model,
+        tokenizer,
+        reader,
+        Sampling(max_tokens, temperature, top_p, top_k, seed, chunk_size),
+        name=Path(folder).resolve().name,
+        system=system,
+        context=context,
+    )
 
 
 @app.command()
@@ -313,7 +207,7 @@ def info(
             " installation and machine]."
         ),
     ] = None,
-    layout: Annotated[Layout | None, typer.Option(help="Where a folder holds both.")] = None,
+    layout: LayoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tell of this installation and machine, or of a checkpoint and whether it fits here."""
@@ -348,7 +242,10 @@ def verify(
     from mistral_kernels.verify import verify
 
     report = verify(
-        folder or TINY_MIXTRAL, backend=backend, dtype=_dtype(dtype), device=_device(device)
+        folder or TINY_MIXTRAL,
+        backend=backend,
+        dtype=torch_dtype(dtype),
+        device=torch_device(device),
     )
     asked = next((row for row in report.rows if row.backend == backend), None)
     if asked and asked.result == "not available":

@@ -62,6 +62,13 @@ def folder(tmp_path) -> Path:
             ["--lora-weight: expected one value, or one for each of 3 --lora, got 2"],
         ),
         (["info", "extra"], ["extra"]),
+        (["chat", "/nowhere"], ["/nowhere: no such folder"]),
+        (["chat", "--system", ""], ["--system", "empty"]),
+        (["chat", "--system", "caf\udce9"], ["--system", "UTF-8"]),
+        (["chat", "--system", "a", "--system-file", "b"], ["--system", "exclude"]),
+        (["chat", "--context", "0"], ["context", "0"]),
+        (["chat", "--temperature", "-1"], ["temperature", "-1"]),
+        (["chat", "--top-p", "2"], ["top_p", "2"]),
     ],
 )
 def test_bad_options_are_one_line(arguments, parts):

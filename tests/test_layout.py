@@ -21,6 +21,7 @@ RANKS = {"_C": 0, "kernels": 0, "tolerance": 0, "ops": 1, "model": 2, "integrati
 RANKS |= dict.fromkeys(("cli", "chat", "verify", "routing", "info", "tables"), 3)
 RANKS["lora_options"] = 3
 RANKS |= dict.fromkeys(("checkpoint_info", "free_memory"), 3)
+RANKS |= dict.fromkeys(("options", "text_input", "continuation", "rates"), 3)
 
 
 def sources(folder: str, *endings: str) -> list[Path]:

@@ -1,0 +1,188 @@
+"""What `mistral-kernels chat` does: a conversation at a terminal, or with the lines of a pipe.
+
+stdout gets the answers, stderr all else. What cannot be done is told in one line, and the chat goes
+on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import typer
+
+import mistral_kernels
+from mistral_kernels.model.conversation import Conversation
+from mistral_kernels.model.families import is_chat_name
+from mistral_kernels.model.tokenizer import Tokenizer
+from mistral_kernels.model.transformer import Transformer
+from mistral_kernels.options import Sampling
+from mistral_kernels.rates import rates_line, timings
+from mistral_kernels.text_input import MessageReader
+
+HELP = '''\
+/reset      forget what was said, but not the system prompt
+/save FILE  write the conversation to FILE, as JSON
+/help       tell this
+/exit       end the chat, as Ctrl-D does
+Ctrl-C stops an answer; what was said of it stays in the conversation.
+A line that ends in a backslash goes on in the next; """ begins and ends a message of many lines.'''
+
+
+def run_chat(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    reader: MessageReader,
+    sampling: Sampling,
+    *,
+    name: str,
+    system: str | None = None,
+    context: int | None = None,
+) -> None:
+    """Answer what `reader` reads until its end or /exit.
+
+    Args:
+        model, tokenizer: who answers.
+        reader: where messages and commands come from.
+        sampling: how answers are drawn; turn i draws from its seed + i.
+        name: of the model, for the first line.
+        system, context: see Conversation.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range.
+    """
+    # Without a prompt this runs nothing, but checks the options before a message is typed.
+    mistral_kernels.stream([], model, **sampling._asdict())
+    # An answer may be encoded as other tokens than were drawn: all of it can be taken back.
+    conversation = Conversation(
+        model, tokenizer, system=system, context=context, lookahead=sampling.max_tokens
+    )
+    for_chat = tokenizer.has_chat_template or is_chat_name(name)
+    kind = "" if for_chat else "; not a chat model: answers may make no sense"
+    dtype = str(model.dtype).removeprefix("torch.")
+    version = tokenizer.version or tokenizer.path.name
+    _tell(f"{name}, tokenizer {version}, {dtype} on {model.device}{kind}")
+    if reader.interactive:
+        _tell("/help tells what can be typed.")
+    _Chat(conversation, reader, sampling).run()
+
+
+class _Chat:
+    def __init__(self, conversation: Conversation, reader: MessageReader, sampling: Sampling):
+        self.conversation, self.reader, self.sampling = conversation, reader, sampling
+        self._saved: set[Path] = set()  # files written here, which /save may overwrite
+
+    def run(self) -> None:
+        going_on = True
+        while going_on:
+            try:
+                typed = self.reader.read()
+                if typed is None:
+                    going_on = False
+                elif typed.is_command:
+                    going_on = self._command(typed.text)
+                elif typed.text.strip():
+                    self._answer(typed.text)
+            except KeyboardInterrupt:
+                if not self.reader.interactive:
+                    raise
+                _tell("\nCtrl-C stops an answer; Ctrl-D or /exit ends the chat.")
+            except (ValueError, RuntimeError) as error:
+                _tell_error(str(error))
+        if self.reader.interactive and typed is None:
+            _tell("")  # Ctrl-D leaves the cursor behind the prompt
+
+    def _command(self, line: str) -> bool:
+        """Do what a command says; False for /exit."""
+        name, _, argument = line.partition(" ")
+        if argument and name in ("/reset", "/help", "/exit"):
+            _tell_error(f"{name} takes no argument, got {argument!r}")
+        elif name == "/reset":
+            self.conversation.reset()
+            _tell("The conversation is empty.")
+        elif name == "/save":
+            self._save(argument.strip())
+        elif name == "/help":
+            _tell(HELP)
+        elif name != "/exit":
+            _tell_error(f'there is no command {name} (see /help); a message in """ may begin so')
+        return name != "/exit" or bool(argument)
+
+    def _save(self, name: str) -> None:
+        if not name:
+            _tell_error("/save wants the name of a file")
+            return
+        path = Path(name).expanduser().absolute()
+        if path.exists() and path not in self._saved:
+            _tell_error(f"/save: {path} exists already")
+            return
+        try:
+            _write(path, self.conversation)
+        except OSError as error:
+            _tell_error(f"/save: {path}: {error.strerror}")
+            return
+        self._saved.add(path)
+        _tell(f"{len(self.conversation.messages)} messages are in {path}")
+
+    def _answer(self, text: str) -> None:
+        """Show the answer to a message as it comes, then its rates."""
+        options = self.sampling._asdict()
+        if self.sampling.seed is not None:
+            options["seed"] += len(self.conversation.messages) // 2
+        try:
+            pieces = self.conversation.reply(text, **options)
+        except ValueError as error:
+            _tell_error(f"{error}; the conversation is as before, /reset begins a new one")
+            return
+        times, stopped = [time.perf_counter()], False
+        try:
+            for piece in pieces:
+                times.append(time.perf_counter())
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            if not self.reader.interactive:
+                raise
+            stopped = True
+        finally:
+            print(flush=True)
+        times.append(time.perf_counter())
+        self._tell_turn(times, stopped)
+
+    def _tell_turn(self, times: list[float], stopped: bool) -> None:
+        """Tell how the turn went: rates, tokens reused, and whether the answer is whole."""
+        turn, parts = self.conversation, []
+        if turn.tokens_drawn or not stopped:
+            parts.append(rates_line(timings(turn.tokens_fed, turn.tokens_drawn, times)))
+            parts.append(f"{turn.tokens_reused} tokens reused")
+        if stopped:
+            parts.append("stopped")
+        elif turn.finish_reason == "length" and turn.tokens_drawn < self.sampling.max_tokens:
+            parts.append(f"cut: the context of {turn.context} tokens is full, /reset empties it")
+        elif turn.finish_reason == "length":
+            parts.append("cut: --max-tokens")
+        if not turn.tokens_drawn:
+            parts.append("no answer, so the message is not kept")
+        typer.secho("; ".join(parts), dim=True, err=True)
+
+
+def _write(path: Path, conversation: Conversation) -> None:
+    """Write a conversation as JSON, whole or not at all."""
+    content = {"system": conversation.system, "messages": conversation.messages}
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("x", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, indent=1)
+            file.write("\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _tell(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _tell_error(text: str) -> None:
+    _tell(f"mistral-kernels: {' '.join(text.split())}")
