@@ -60,7 +60,7 @@ def run_chat(
         model, tokenizer, system=system, context=context, lookahead=sampling.max_tokens
     )
     for_chat = tokenizer.has_chat_template or is_chat_name(name)
-    kind = "" if for_chat else "; not a chat model: answers may make no sense"
+    kind = "" if for_chat else "; by its name and files not a chat model: answers may make no sense"
     dtype = str(model.dtype).removeprefix("torch.")
     version = tokenizer.version or tokenizer.path.name
     _tell(f"{name}, tokenizer {version}, {dtype} on {model.device}{kind}")

@@ -70,7 +70,7 @@ class PseudoTerminal:
     def interrupt(self, expected: str) -> None:
         """Type Ctrl-C at a prompt until `expected` is shown.
 
-        Python does not notice a signal that comes just before it waits for a key; a person types on.
+        Python may miss a signal that comes just before it waits for a key, until there is one.
         """
         deadline = time.monotonic() + self._timeout
         while expected not in self._ahead:

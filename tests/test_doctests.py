@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for folder in ("mistral_kernels", "mistral_kernels/ops", "mistral_kernels/model")
     for path in sorted((ROOT / folder).glob("*.py"))
-    if ">>> " in path.read_text(encoding="utf-8")
+    if re.search(r"^ *>>> ", path.read_text(encoding="utf-8"), re.MULTILINE)
 ]
 
 
