@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from mistral_kernels.ops import dispatch
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +38,14 @@ def test_links_and_files_exist():
     names += re.findall(r"pytest (tests/\w+\.py)", README)
     assert len(names) > 15
     assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_links_of_the_pages_exist(page):
+    names = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    names += [f"../{name}" for name in re.findall(r"`(mistral_kernels/[\w./]+)`", page.read_text())]
+    assert [name for name in names if not (page.parent / name).exists()] == []
+    assert f"(docs/{page.name})" in README
 
 
 def test_make_targets_exist():
