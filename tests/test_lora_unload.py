@@ -133,6 +133,29 @@ def test_new_weights_hold_no_adapter(tmp_path: Path) -> None:
     assert_equal(model, base)
 
 
+@pytest.mark.parametrize(
+    ("change", "strict", "message"),
+    [
+        ({"norm.weight": torch.ones(3)}, True, "size mismatch for norm.weight"),
+        ({"norm.weight": None}, False, r"lora.safetensors is merged: unload_lora\(\) first"),
+    ],
+)
+def test_weights_that_are_refused_leave_the_adapter(
+    tmp_path: Path, change: dict[str, Tensor | None], strict: bool, message: str
+) -> None:
+    write_adapter(tmp_path, "a")
+    model = random_model()
+    base = weights_of(model)
+    state = {key: torch.ones_like(tensor) for key, tensor in model.state_dict().items()} | change
+    model.load_lora(tmp_path / "a")
+    merged = weights_of(model)
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict({k: t for k, t in state.items() if t is not None}, strict=strict)
+    assert_equal(model, merged)
+    model.unload_lora(tmp_path / "a")
+    assert_equal(model, base)
+
+
 def test_merging_for_good(tmp_path: Path) -> None:
     for name in "abc":
         write_adapter(tmp_path, name)

@@ -11,7 +11,7 @@ from mistral_kernels.model.lora import Adapters
 
 
 class AdaptableModule(nn.Module):
-    """Base class of the Transformer: adapters.
+    """A model that takes adapters.
 
     Attributes:
         config: the model, set by the subclass.
@@ -22,7 +22,6 @@ class AdaptableModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._adapters = Adapters()
-        self.register_load_state_dict_post_hook(_forget_adapters)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -46,8 +45,8 @@ class AdaptableModule(nn.Module):
         Args:
             path: a native `lora.safetensors`, PEFT's `adapter_model.safetensors` with its
                 `adapter_config.json` beside it, or the folder that holds either.
-            scaling: the adapter's factor; None: as its configuration says, 2.0 for a native
-                adapter, which does not tell it.
+            scaling: the adapter's factor; None: as its `adapter_config.json` says, or of a native
+                adapter the `params.json` beside it; 2.0 where there is none.
             weight: of this adapter among others; 0 and negative ones are allowed.
             keep_base: keep what `unload_lora` needs: the adapter's factors and a copy of every
                 matrix that it changes, in host memory; an adapter of all layers copies nearly the
@@ -56,9 +55,9 @@ class AdaptableModule(nn.Module):
 
         Raises:
             FileNotFoundError: there is no such file.
-            TypeError, ValueError: an argument is no finite number, the adapter is loaded already,
-                or it is malformed, does not fit this model or is more than a low-rank update; file
-                and key are named. No weight has changed then.
+            TypeError, ValueError: the path is none, a number is not finite, the adapter is loaded
+                already, or it is malformed, does not fit this model or is more than a low-rank
+                update; file and key are named. No weight has changed then.
         """
         parameters = dict(self.named_parameters())
         self._adapters.load(
@@ -75,8 +74,3 @@ class AdaptableModule(nn.Module):
             ValueError: the adapter is not loaded, or was merged for good; nothing has changed.
         """
         self._adapters.unload(dict(self.named_parameters()), self.config, path)
-
-
-def _forget_adapters(module: AdaptableModule, _: object) -> None:
-    """After load_state_dict the weights hold no adapter, and the copies are of other weights."""
-    module._adapters.forget()

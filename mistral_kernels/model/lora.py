@@ -47,6 +47,11 @@ class Adapters:
         self._for_good: list[Path] = []
         self._base: dict[Slab, Tensor] = {}
 
+    @property
+    def removable(self) -> list[Path]:
+        """The files of the adapters that `unload` can take out."""
+        return [merged.file for merged in self._merged]
+
     @torch.no_grad()
     def load(
         self,
@@ -81,7 +86,7 @@ class Adapters:
         self._base.update(kept)
         self._rewrite(parameters, [*self._merged, merged], changed)
         if not keep_base:
-            self._for_good += [m.file for m in self._merged]
+            self._for_good += self.removable
             self._merged.clear()
             self._base.clear()
 
@@ -99,7 +104,7 @@ class Adapters:
         if stuck:
             raise ValueError(f"unload_lora: {stuck[0]}: merged for good (keep_base=False)")
         if path is not None and not gone:
-            loaded = ", ".join(str(m.file) for m in self._merged) or "none"
+            loaded = ", ".join(map(str, self.removable)) or "none"
             raise ValueError(f"unload_lora: {path}: not loaded; loaded are: {loaded}")
         files = {m.file for m in gone}
         rest = [m for m in self._merged if m.file not in files]

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mistral_kernels.model.config import Layout, ModelConfig
+from mistral_kernels.model.adaptable_module import AdaptableModule
+from mistral_kernels.model.config import Layout
 from mistral_kernels.model.saving import save_checkpoint
 from mistral_kernels.model.weight_table import parameter_shapes
 from mistral_kernels.model.weight_views import WeightView, weight_views
 from mistral_kernels.ops.checks import FLOATS
 
 
-class SavableModule(nn.Module):
+class SavableModule(AdaptableModule):
     """A model whose weights leave and enter it as the tensors of a checkpoint.
 
     The model itself holds fewer, larger parameters, whatever layout it was loaded from. To torch
@@ -22,7 +23,6 @@ class SavableModule(nn.Module):
     also where the model is part of another module.
     """
 
-    config: ModelConfig
     folder: Path | None
 
     def save_pretrained(
@@ -86,6 +86,9 @@ class SavableModule(nn.Module):
     ):
         """Takes weights under native checkpoint names, as `state_dict` gives them.
 
+        Adapters in the model are replaced with the weights. Some of the weights alone are refused
+        while there are any that can be taken out: the others would keep a part of them for good.
+
         Args:
             state_dict: key to tensor; each is converted to the model's dtype and device.
             strict: the keys must be exactly those of the model.
@@ -141,7 +144,10 @@ class SavableModule(nn.Module):
         assign = local_metadata.get("assign_to_params_buffers", False)
         given = {key: state_dict.pop(key) for key in views if key in state_dict}
         missing_keys += [key for key in views if key not in given]
+        complete = len(given) == len(views)
         errors = _mistakes(given, views, assign)
+        if given and not complete and (files := self._adapters.removable):
+            errors.append(f"{files[0]} is merged: unload_lora() first, or give all weights.")
         error_msgs += errors
         if not errors:
             if assign:
@@ -150,6 +156,8 @@ class SavableModule(nn.Module):
             with torch.no_grad():
                 for key, tensor in given.items():
                     views[key.removeprefix(prefix)].write(tensor)
+            if complete:
+                self._adapters.forget()
         # The search for keys goes on in the submodules. They find every parameter under its own
         # name: it is the very one they hold, so nothing is copied. All else is unexpected.
         held = self._held(prefix)

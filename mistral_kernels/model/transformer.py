@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mistral_kernels.model.adaptable_module import AdaptableModule
 from mistral_kernels.model.backends import choose_backends
 from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import Layout, ModelConfig
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from mistral_kernels.model.tokenizer import Tokenizer
 
 
-class Transformer(AdaptableModule, SavableModule):
+class Transformer(SavableModule):
     """A Mistral or Mixtral model.
 
     Args:
@@ -139,7 +138,7 @@ class Transformer(AdaptableModule, SavableModule):
             backend=backend,
         )
         checkpoint.copy_to(dict(model.named_parameters()))
-        model.folder = folder
+        model.folder = folder.absolute()  # the current folder may change before it is used
         return model
 
     @property
