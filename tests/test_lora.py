@@ -1,5 +1,6 @@
 """Native adapters: W + scaling * B @ A in either rope layout, all of an adapter or nothing."""
 
+import json
 from pathlib import Path
 
 import checkpoints
@@ -140,7 +141,35 @@ def test_scaling_must_be_finite(tmp_path: Path, scaling: float) -> None:
     assert_refused(path, ValueError, "scaling: expected a finite number", scaling)
 
 
+def test_params_beside_an_adapter_tell_its_scaling_and_rank(tmp_path: Path) -> None:
+    """As mistral-finetune writes them; a file without them is that of a checkpoint."""
+    tensors = checkpoints.native_tensors(DENSE)
+    path, params = tmp_path / "lora.safetensors", tmp_path / "params.json"
+    save_file(adapter_for(tensors), path)
+    expected = checkpoints.parameters_of(
+        merged_in_float64(tensors, load_file(path), scaling=0.5), DENSE
+    )
+    for scaling, content in (
+        (None, {"lora": {"enable": True, "rank": 3, "dropout": 0.0, "scaling": 0.5}}),
+        (0.5, {"lora": {"rank": 3, "scaling": 7.0}}),
+        (0.5, checkpoints.native_params(DENSE)),
+    ):
+        params.write_text(json.dumps(content))
+        parameters = checkpoints.parameters_of(tensors, DENSE)
+        parameters = {name: tensor.clone() for name, tensor in parameters.items()}
+        Adapters().load(parameters, DENSE, path, scaling)
+        for name, tensor in parameters.items():
+            torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-6, atol=1e-6)
+    for content, message in (
+        ({"rank": 4}, r"lora.safetensors: .*: expected shape \(4, 24\), got \(3, 24\)"),
+        ({"scaling": "2"}, r"params.json: lora\.scaling: expected a finite number > 0, got '2'"),
+    ):
+        params.write_text(json.dumps({"lora": content}))
+        assert_refused(path, ValueError, message)
+
+
 def test_file(tmp_path: Path) -> None:
+    assert_refused(5, TypeError, "path: expected a path, got int")
     assert_refused(tmp_path, FileNotFoundError, "holds no lora.safetensors nor adapter_model")
     assert_refused(tmp_path / "absent", FileNotFoundError, "absent: no such file")
     path = tmp_path / "lora.safetensors"

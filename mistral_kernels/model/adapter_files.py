@@ -1,8 +1,10 @@
 """Files of low-rank adapters, read into updates of a model's matrices.
 
-Two formats: `lora.safetensors` as mistral-finetune writes it, under native names and without its
-scaling, and PEFT's folder of `adapter_config.json` and `adapter_model.safetensors`, under Hugging
-Face's names. Either serves a model of either rope layout.
+Two formats: `lora.safetensors` as mistral-finetune writes it, under native names, and PEFT's folder
+of `adapter_config.json` and `adapter_model.safetensors`, under Hugging Face's names. Either serves
+a model of either rope layout.
+
+Source: mistral-finetune, `finetune/checkpointing.py` and `model/args.py`.
 """
 
 import re
@@ -10,14 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mistral_kernels.model.checkpoint_files import Stored, open_safetensors, read_headers
-from mistral_kernels.model.config import ModelConfig
+from mistral_kernels.model.config import CONFIG_FILES, ModelConfig
+from mistral_kernels.model.json_fields import JsonFields, read_json
 from mistral_kernels.model.low_rank import Pair, Update, check_pairs
 from mistral_kernels.model.peft_files import Copy, peft_pairs
 from mistral_kernels.model.peft_settings import CONFIG_FILE
 from mistral_kernels.model.weight_table import checkpoint_table
 
 NATIVE_FILE, PEFT_FILE = "lora.safetensors", "adapter_model.safetensors"
-NATIVE_SCALING = 2.0  # mistral-finetune's default, which its files do not hold
+NATIVE_SCALING = 2.0  # mistral-finetune's default, where no params.json tells another
 
 # Native adapters exist for these matrices only: never for embeddings, norms, output or the gate.
 NATIVE_KEY = re.compile(
@@ -44,9 +47,12 @@ def find_adapter(path: str | Path) -> Path:
         The file: PEFT's if it is called `adapter_model.safetensors`, else a native one.
 
     Raises:
+        TypeError: it is no path.
         FileNotFoundError: there is none.
         ValueError: the folder holds adapters of both formats, or there is nothing but a pickle.
     """
+    if not isinstance(path, str | Path):
+        raise TypeError(f"load_lora: path: expected a path, got {type(path).__name__}")
     path = Path(path)
     if path.is_dir():
         present = [name for name in (NATIVE_FILE, PEFT_FILE) if (path / name).exists()]
@@ -70,12 +76,14 @@ def read_adapter(path: str | Path, config: ModelConfig, scaling: float | None = 
     Args:
         path: a native file, PEFT's file beside its configuration, or a folder that holds one.
         config: the model, of either rope layout.
-        scaling: factor of every update; None: the adapter's own, 2.0 for a native one.
+        scaling: factor of every update; None: as the file beside the adapter says, which a native
+            one may lack: then 2.0.
 
     Returns:
         The adapter; its factors have the dtype of the file and the order of rows of the model.
 
     Raises:
+        TypeError: the path is none.
         FileNotFoundError: there is no such file, or no configuration beside it.
         ValueError: a file is malformed, or holds no adapter, half an adapter, one that does not
             fit the model or is more than a low-rank update; file and key are named.
@@ -109,7 +117,19 @@ def _native_pairs(file: Path, config: ModelConfig) -> list[Pair]:
             raise ValueError(f"{file}: {key}: not an adapter of a matrix of this model{hint}")
         factors.setdefault(match["matrix"], {})[match["factor"]] = stored
     check_pairs(factors, file)
+    scaling, rank = _native_settings(file.parent)
     return [
-        Pair(name, pair["A"], pair["B"], table[f"{name}.weight"], NATIVE_SCALING)
+        Pair(name, pair["A"], pair["B"], table[f"{name}.weight"], scaling, rank)
         for name, pair in factors.items()
     ]
+
+
+def _native_settings(folder: Path) -> tuple[float, int | None]:
+    """Scaling and rank of a native adapter, which mistral-finetune puts into a `params.json`."""
+    path = folder / CONFIG_FILES["native"]
+    values = read_json(path) if path.is_file() else {}
+    try:
+        lora = JsonFields(values).section("lora") or JsonFields({})
+        return lora.number("scaling", NATIVE_SCALING), lora.integer("rank", None)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
