@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mistral_kernels.model.adapter_files import read_adapter
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.lora import Adapters
 
@@ -70,6 +71,7 @@ def test_the_plain_one_is_taken(tmp_path: Path) -> None:
         ("rank_pattern", {"(": 2}, r"rank_pattern\.\(: no regular expression"),
         ("rank_pattern", [4], "rank_pattern: expected an object"),
         ("alpha_pattern", {"k": float("inf")}, r"alpha_pattern\.k: expected a finite number"),
+        ("base_model_name_or_path", 5, "base_model_name_or_path: expected a name, got 5"),
         ("target_parameters", "experts", "target_parameters: expected a list of names"),
         ("use_dora", True, "use_dora: DoRA is not supported"),
         ("lora_bias", True, "lora_bias: the model has no biases"),
@@ -191,3 +193,17 @@ def test_unknown_keys_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     Adapters().load(parameters, DENSE, write(tmp_path, use_novelty=True, unused=None))
     assert "unknown keys are ignored: use_novelty" in caplog.text
     assert "unused" not in caplog.text
+
+
+def test_another_base_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two models may have matrices of the same shapes: then only the name of the base tells."""
+    model = ModelConfig.known("mistral-7b-v0.2")
+    for base, warning in (
+        ("mistralai/Mistral-7B-v0.1", "which is not this model: other rope_theta, windows"),
+        ("mistralai/Mistral-7B-Instruct-v0.2", ""),
+        ("someone/fine-tune", ""),
+    ):
+        folder = write(tmp_path, pair(Q, 4096, 4096), base_model_name_or_path=base)
+        caplog.clear()
+        assert len(read_adapter(folder, model).updates) == 1
+        assert warning in caplog.text and bool(caplog.text) == bool(warning)

@@ -60,6 +60,7 @@ class PeftSettings:
         rslora: scaling is alpha / sqrt(rank), not alpha / rank.
         rank_patterns, alpha_patterns: for the matrices whose names match, the first match counts.
         target_parameters: endings of the names of parameters that were adapted by that name.
+        base: name or folder of the model that it was made for, None if it does not tell.
     """
 
     rank: int
@@ -68,6 +69,7 @@ class PeftSettings:
     rank_patterns: dict[re.Pattern[str], int]
     alpha_patterns: dict[re.Pattern[str], float]
     target_parameters: tuple[str, ...]
+    base: str | None
 
     @classmethod
     def from_folder(cls, folder: Path) -> "PeftSettings":
@@ -92,8 +94,6 @@ class PeftSettings:
             settings = cls._from_fields(JsonFields(values))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        if base := values.get("base_model_name_or_path"):
-            logger.info("%s: an adapter for %s", folder, base)
         unknown = sorted(key for key in values.keys() - KNOWN - REFUSED.keys() if values[key])
         if unknown:
             logger.warning("%s: unknown keys are ignored: %s", path, ", ".join(unknown))
@@ -114,6 +114,9 @@ class PeftSettings:
         targets = fields.get("target_parameters", [])
         if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
             raise fields.error("target_parameters", "a list of names")
+        base = fields.get("base_model_name_or_path", None)
+        if not isinstance(base, str | None):
+            raise fields.error("base_model_name_or_path", "a name")
         return cls(
             rank=fields.integer("r"),
             alpha=fields.number("lora_alpha"),
@@ -121,6 +124,7 @@ class PeftSettings:
             rank_patterns=_patterns(fields.section("rank_pattern"), JsonFields.integer),
             alpha_patterns=_patterns(fields.section("alpha_pattern"), JsonFields.number),
             target_parameters=tuple(targets),
+            base=base,
         )
 
     def of_matrix(self, name: str) -> tuple[int, float]:
