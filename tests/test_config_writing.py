@@ -102,6 +102,7 @@ def test_model_type(name: str, model_type: str) -> None:
     assert written["model_type"] == model_type
     assert written["architectures"] == [f"{model_type.capitalize()}ForCausalLM"]
     assert ("layer_types" in written) == (model_type == "ministral")
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"]
     assert written["dtype"] == "bfloat16" and "dtype" not in huggingface_config(CONFIGS[name])
 
 

@@ -107,6 +107,8 @@ def huggingface_config(config: ModelConfig, *, dtype: torch.dtype | None = None)
         "rms_norm_eps": config.norm_eps,
         "hidden_act": "silu",
         "rope_parameters": rope,
+        # For transformers 4, which reads it here and would else take its class's default.
+        "rope_theta": config.rope_theta,
         # Written down even where it is null: the classes default to a window of 4096.
         "sliding_window": next(filter(None, config.windows), None),
         "tie_word_embeddings": config.tied_embeddings,
