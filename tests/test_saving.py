@@ -129,7 +129,8 @@ def test_one_file_needs_no_index_and_all_may_read_it(tmp_path: Path) -> None:
 def test_tokenizer_and_token_ids_come_along(tmp_path: Path, caplog) -> None:
     source = tmp_path / "source"
     checkpoints.write_huggingface(source, FAMILIES["dense"])
-    names = {"tekken.json", "tokenizer.model.v3", "chat_template.jinja", "generation_config.json"}
+    templates = {"chat_template.jinja", "chat_template.json"}
+    names = {"tekken.json", "tokenizer.model.v3", "generation_config.json"} | templates
     for name in (*names, "README.md", "optimizer.bin"):
         (source / name).write_text(name)
     config = json.loads((source / "config.json").read_text()) | {"eos_token_id": [2, 7]}
@@ -146,6 +147,16 @@ def test_tokenizer_and_token_ids_come_along(tmp_path: Path, caplog) -> None:
     source.rename(tmp_path / "moved")
     model.save_pretrained(tmp_path / "later")
     assert f"{source}: gone, so no tokenizer is saved" in caplog.text
+
+
+def test_the_source_is_found_from_any_folder(tmp_path: Path, monkeypatch) -> None:
+    checkpoints.write_native(tmp_path / "source", FAMILIES["dense"])
+    (tmp_path / "source" / "tekken.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    model = Transformer.from_folder("source", device="cpu")
+    monkeypatch.chdir("/")
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tekken.json").exists()
 
 
 def test_progress_on_a_terminal_only(tmp_path: Path, monkeypatch, capfd) -> None:

@@ -124,6 +124,35 @@ def test_overwriting_keeps_what_is_no_checkpoint(tmp_path: Path) -> None:
         assert contents(tmp_path) == files
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_others_wrote_meanwhile_is_kept(tmp_path: Path, monkeypatch, overwrite: bool) -> None:
+    (tmp_path / "model").mkdir()
+    write = saving.save_file
+
+    def save_while_others_do(*args, **kwargs):
+        write(*args, **kwargs)
+        (tmp_path / "model" / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(saving, "save_file", save_while_others_do)
+    with pytest.raises(FileExistsError, match=f"{tmp_path / 'model'}: not saved .*not "):
+        random_model().save_pretrained(tmp_path / "model", overwrite=overwrite)
+    assert contents(tmp_path) == {str(tmp_path / "model" / "notes.txt"): b"mine"}
+
+
+def test_a_snapshot_of_a_hub_cache_is_not_replaced(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    checkpoints.write_native(blobs, checkpoints.tiny_config())
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    model, files = Transformer.from_folder(snapshot, device="cpu"), contents(tmp_path)
+    with pytest.raises(FileExistsError, match="consolidated.safetensors is a link, as in a hub"):
+        model.save_pretrained(snapshot, overwrite=True)
+    assert contents(tmp_path) == files
+    model.save_pretrained(tmp_path / "copy")
+    assert not any(path.is_symlink() for path in (tmp_path / "copy").iterdir())
+
+
 def test_a_link_is_followed_and_an_empty_folder_taken(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
@@ -157,11 +186,14 @@ def test_places_that_cannot_be_taken(tmp_path: Path, monkeypatch) -> None:
         ({"layout": "foo"}, ValueError, "layout: expected 'native' or 'huggingface', got 'foo'"),
         ({"max_shard_bytes": 0}, ValueError, "max_shard_bytes: expected >= 1, got 0"),
         ({"max_shard_bytes": "5GB"}, TypeError, "max_shard_bytes: expected an int, got str"),
+        ({"overwrite": "no"}, TypeError, "overwrite: expected a bool, got str"),
+        ({"folder": None}, TypeError, "folder: expected a path, got NoneType"),
     ],
 )
 def test_bad_arguments(tmp_path: Path, changes: dict, exception, message: str) -> None:
+    arguments = {"folder": tmp_path / "model"} | changes
     with pytest.raises(exception, match=re.escape(message)):
-        random_model().save_pretrained(tmp_path / "model", **changes)
+        random_model().save_pretrained(**arguments)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ def check_new_folder(folder: Path, overwrite: bool, replaceable: tuple[str, ...]
         The folder as an absolute path without links.
 
     Raises:
-        FileExistsError: the folder is not empty and may not be replaced.
+        FileExistsError: the folder is not empty and may not be replaced, or it holds links.
         NotADirectoryError: it is a file, or below one.
         ValueError: it is a mount point or holds the current folder, so it cannot be replaced.
     """
@@ -37,6 +37,9 @@ def check_new_folder(folder: Path, overwrite: bool, replaceable: tuple[str, ...]
             )
         if not any(fnmatch(name, pattern) for pattern in replaceable):
             raise FileExistsError(f"{folder}: not replaced, {name} is no part of a checkpoint")
+        if (folder / name).is_symlink():
+            # Other programs would take what replaced a snapshot for the published model.
+            raise FileExistsError(f"{folder}: not replaced, {name} is a link, as in a hub cache")
     if os.path.ismount(folder) or Path.cwd().is_relative_to(folder):
         raise ValueError(
             f"{folder}: a mount point or the current folder cannot be replaced; name one below it"
@@ -45,11 +48,13 @@ def check_new_folder(folder: Path, overwrite: bool, replaceable: tuple[str, ...]
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, overwrite: bool, replaceable: tuple[str, ...]) -> Iterator[Path]:
     """Makes a folder, or replaces one, as a whole.
 
     Args:
         folder: as `check_new_folder` returned it; folders above it are made.
+        overwrite, replaceable: as there. What others have written to the folder by the end of the
+            block is not lost either.
 
     Yields:
         An empty folder beside it, to be filled. When the block ends, its files are synced to the
@@ -57,7 +62,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         removed and what was at `folder` is as before.
 
     Raises:
-        OSError: the disk is full, or the place cannot be written.
+        OSError: the disk is full, or the place cannot be written, or was taken meanwhile.
     """
     anchor = next(parent for parent in folder.parents if parent.exists())
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=anchor) as beside:
@@ -67,10 +72,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         for path in (*new.iterdir(), new):
             _sync(path)
         folder.parent.mkdir(parents=True, exist_ok=True)
+        check_new_folder(folder, overwrite, replaceable)
         try:
-            if folder.exists():
+            if overwrite and folder.exists():
                 folder.rename(old)
-            new.rename(folder)
+            new.rename(folder)  # in place of an empty folder too, but of no other
         except BaseException:
             if old.exists() and not folder.exists():
                 old.rename(folder)

@@ -37,7 +37,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    "chat_template.*",
     "generation_config.json",
 )
 
@@ -77,8 +77,12 @@ def save_checkpoint(
         OSError: the folder is not empty, is no folder, or could not be written. Then, as after
             any other error, nothing is left behind and what was there is untouched.
     """
+    if not isinstance(folder, str | Path):
+        raise TypeError(f"folder: expected a path, got {type(folder).__name__}")
     if layout not in CONFIG_FILES:
         raise ValueError(f"layout: expected 'native' or 'huggingface', got {layout!r}")
+    if not isinstance(overwrite, bool):
+        raise TypeError(f"overwrite: expected a bool, got {type(overwrite).__name__}")
     if not is_int(max_shard_bytes):
         name = type(max_shard_bytes).__name__
         raise TypeError(f"max_shard_bytes: expected an int, got {name}")
@@ -92,7 +96,7 @@ def save_checkpoint(
         settings = huggingface_config(config, dtype=dtype) | _token_ids(source)
     target = check_new_folder(Path(folder), overwrite, REPLACEABLE)
     try:
-        with new_folder(target) as new:
+        with new_folder(target, overwrite, REPLACEABLE) as new:
             _write_json(new / CONFIG_FILES[layout], settings)
             for path in _tokenizer_files(source):
                 shutil.copyfile(path, new / path.name)
