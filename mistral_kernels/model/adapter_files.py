@@ -30,11 +30,12 @@ NATIVE_KEY = re.compile(
 
 
 class Adapter(NamedTuple):
-    """An adapter that fits the model."""
+    """An adapter that fits the model; `base` is the name of the one it was made for, if told."""
 
     file: Path
     updates: list[Update]
     copies: list[Copy]
+    base: str | None
 
 
 def find_adapter(path: str | Path) -> Path:
@@ -90,7 +91,8 @@ def read_adapter(path: str | Path, config: ModelConfig, scaling: float | None = 
     """
     file = find_adapter(path)
     native = file.name != PEFT_FILE
-    pairs, copies = (_native_pairs(file, config), []) if native else peft_pairs(file, config)
+    read = _native_pairs if native else peft_pairs
+    pairs, copies, base = read(file, config)
     if not pairs:
         raise ValueError(f"{file}: holds no lora_A and lora_B tensors")
     changed = {}
@@ -103,11 +105,11 @@ def read_adapter(path: str | Path, config: ModelConfig, scaling: float | None = 
             pair.scaling = scaling
     with open_safetensors(file) as tensors:
         loaded = [pair.load(tensors, config, interleaved=native) for pair in pairs]
-    return Adapter(file, [update for updates in loaded for update in updates], copies)
+    return Adapter(file, [update for updates in loaded for update in updates], copies, base)
 
 
-def _native_pairs(file: Path, config: ModelConfig) -> list[Pair]:
-    """Pairs the factors in a file with the matrices they change; what does not fit is refused."""
+def _native_pairs(file: Path, config: ModelConfig) -> tuple[list[Pair], list[Copy], None]:
+    """As `peft_pairs`, but native files hold no whole matrices and do not name their base."""
     table = checkpoint_table(config)
     factors: dict[str, dict[str, Stored]] = {}
     for key, stored in read_headers([file]).items():
@@ -118,10 +120,11 @@ def _native_pairs(file: Path, config: ModelConfig) -> list[Pair]:
         factors.setdefault(match["matrix"], {})[match["factor"]] = stored
     check_pairs(factors, file)
     scaling, rank = _native_settings(file.parent)
-    return [
+    pairs = [
         Pair(name, pair["A"], pair["B"], table[f"{name}.weight"], scaling, rank)
         for name, pair in factors.items()
     ]
+    return pairs, [], None
 
 
 def _native_settings(folder: Path) -> tuple[float, int | None]:

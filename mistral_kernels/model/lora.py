@@ -7,9 +7,11 @@ what was loaded and unloaded before leaves a trace in it.
 Source: https://arxiv.org/abs/2106.09685
 """
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,8 @@ from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.weight_table import Place
 from mistral_kernels.model.weights import check_parameters
 from mistral_kernels.ops.checks import compute_dtype, is_number
+
+logger = logging.getLogger("mistral_kernels")
 
 # What is copied and rewritten as one: a parameter and (), or a stacked one and (expert,).
 Slab = tuple[str, tuple[int, ...]]
@@ -76,6 +80,7 @@ class Adapters:
         if merged.file in self._for_good or any(merged.file == m.file for m in self._merged):
             raise ValueError(f"{adapter.file}: already loaded")
         self._check_copies(parameters, adapter)
+        _tell_base(adapter, config)
         changed = _slabs([merged])
         # All memory that a copy takes is taken before any weight changes.
         kept = {
@@ -169,6 +174,26 @@ class Adapters:
                     f"{stored.path}: {stored.key}: differs from the model's; whole matrices"
                     " cannot be merged, merge and save the model with PEFT"
                 )
+
+
+def _tell_base(adapter: Adapter, config: ModelConfig) -> None:
+    """Logs the model that an adapter was made for, with a warning if it is known to be another.
+
+    v0.1 and v0.2 of Mistral 7B, say, differ in rope and window, not in the shape of any matrix. It
+    is no error, as whoever made the model at hand may have changed them on purpose.
+    """
+    if not adapter.base:
+        return
+    logger.info("%s: an adapter for %s", adapter.file, adapter.base)
+    try:
+        known = ModelConfig.known(adapter.base)
+    except ValueError:  # a fine-tune, or a folder of any name
+        return
+    compared = [f.name for f in fields(config) if f.compare and f.name != "interleaved"]
+    other = [name for name in compared if getattr(known, name) != getattr(config, name)]
+    if other:
+        text = "%s: an adapter for %s, which differs from this model in %s"
+        logger.warning(text, adapter.file, adapter.base, ", ".join(other))
 
 
 def _resolved(file: Path) -> Path:

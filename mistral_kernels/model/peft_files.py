@@ -10,7 +10,6 @@ Source: peft 0.17 to 0.21, `ParamWrapper` and `get_peft_model_state_dict`.
 
 import logging
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +40,7 @@ class Copy(NamedTuple):
     place: Place
 
 
-def peft_pairs(file: Path, config: ModelConfig) -> tuple[list[Pair], list[Copy]]:
+def peft_pairs(file: Path, config: ModelConfig) -> tuple[list[Pair], list[Copy], str | None]:
     """Pairs the factors in a file with the matrices they change; what does not fit is refused.
 
     Args:
@@ -49,14 +48,12 @@ def peft_pairs(file: Path, config: ModelConfig) -> tuple[list[Pair], list[Copy]]
         config: the model.
 
     Returns:
-        The pairs, and the whole matrices in the file.
+        The pairs, the whole matrices in the file, and the model that the adapter was made for.
 
     Raises:
         FileNotFoundError, ValueError: as `read_adapter`.
     """
     settings = PeftSettings.from_folder(file.parent)
-    if settings.base:
-        _tell_base(file, settings.base, config)
     tables = (huggingface_table(config, stacked=stacked) for stacked in (False, True))
     matrices = {
         key.removesuffix(".weight"): place
@@ -75,25 +72,7 @@ def peft_pairs(file: Path, config: ModelConfig) -> tuple[list[Pair], list[Copy]]
         rank, scaling = settings.of_matrix(name)
         place = matrices[TEXT_PART.sub("", name)]
         pairs.append(Pair(name, pair["A"], pair["B"], place, scaling, rank, transposed))
-    return pairs, copies
-
-
-def _tell_base(file: Path, base: str, config: ModelConfig) -> None:
-    """Logs the model that an adapter was made for, with a warning if it is known to be another.
-
-    Not only the matrices count, which are checked: v0.1 and v0.2 of Mistral 7B differ in rope and
-    window alone. It is no error, as a fine-tune may have changed them on purpose.
-    """
-    logger.info("%s: an adapter for %s", file, base)
-    try:
-        known = ModelConfig.known(base)
-    except ValueError:  # a fine-tune, or a folder of that name
-        return
-    compared = [f.name for f in fields(config) if f.compare and f.name != "interleaved"]
-    other = [name for name in compared if getattr(known, name) != getattr(config, name)]
-    if other:
-        text = "%s: an adapter for %s, which is not this model: other %s"
-        logger.warning(text, file, base, ", ".join(other))
+    return pairs, copies, settings.base
 
 
 def _sorted_tensors(
