@@ -142,6 +142,13 @@ def test_what_is_no_conversation_is_refused(messages, parts):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("messages", [None, "Hello", HELLO, iter([HELLO])])
+def test_messages_that_are_no_list_are_refused(messages):
+    expected = f"messages: expected a list of messages, got {type(messages).__name__}"
+    with pytest.raises(TypeError, match=expected):
+        Tokenizer(TINY).encode_chat(messages)
+
+
 def test_a_file_name_that_hides_its_version(tmp_path):
     """Read as v1, whose marks are text, though the file has control tokens for them."""
     path = tmp_path / "tokenizer.model"

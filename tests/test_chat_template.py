@@ -177,6 +177,11 @@ def test_without_a_template_chat_is_refused(tmp_path):
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ range(10**9) | list }}", "Range too big"),
         ("{{ messages | nonsense }}", "nonsense"),
+        ("{% break %}", "outside loop"),
+        ("{% for i in 'a' %}" * 25 + "{% endfor %}" * 25, "nested blocks"),
+        ("{{ cycler() }}", "at least one item"),
+        ("{{ 'a' * 10**15 }}", "MemoryError"),
+        ("{{ '\\ud800' }}", "not Unicode text"),
     ],
 )
 def test_a_template_that_fails_is_named(tmp_path, template, part):

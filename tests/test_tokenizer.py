@@ -4,13 +4,16 @@ The tokenizers are those that the mistral-common wheel ships, and the embedded m
 oracle of decoding is mistral-common's own decode of all tokens at once.
 """
 
+import json
 import logging
 import random
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from trained_tokenizers import SHIPPED, TEKKEN, TEXTS, TINY
+import torch
+from trained_tokenizers import SHIPPED, TEKKEN, TEXTS, TINY, write_tekken
 
 from mistral_kernels.model.tokenizer import TextStream, Tokenizer
 
@@ -99,6 +102,7 @@ def test_cut_characters_bad_bytes_and_foreign_ids():
         ("tekken.json", b"{}"),
         ("tekken.json", b'{"config": {"version": "v3"}}'),
         ("tekken.json", b'{"config": {"version": "v99"}}'),
+        ("tekken.json", b'{"config": null}'),
         ("tekken.json", b"\xff\xfe"),
     ],
 )
@@ -115,6 +119,48 @@ def test_a_truncated_file_is_named(tmp_path):
         file.truncate(1000)
     with pytest.raises(ValueError, match="tokenizer.model.v1: not a tokenizer file"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_a_reason_is_given_and_short(tmp_path):
+    path = write_tekken(tmp_path / "tekken.json")
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    whole["vocab"][0]["rank"] = 7  # an assertion without words
+    path.write_text(json.dumps(whole), encoding="utf-8")
+    with pytest.raises(ValueError, match="not a tokenizer file: AssertionError"):
+        Tokenizer(path)
+    whole["config"]["default_vocab_size"] = -5  # one that prints the vocabulary
+    path.write_text(json.dumps(whole), encoding="utf-8")
+    with pytest.raises(ValueError, match="not a tokenizer file: .") as error:
+        Tokenizer(path)
+    assert len(str(error.value)) < len(str(path)) + 350
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model.v3", "tekken.json", "tokenizer.json"])
+def test_a_file_that_is_missing_is_not_called_damaged(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=f"{name}: no such file"):
+        Tokenizer(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "exception", "message"),
+    [
+        (None, TypeError, "encode: text must be a string, got NoneType"),
+        (b"a", TypeError, "encode: text must be a string, got bytes"),
+        ("caf\udce9", ValueError, "encode: text: not Unicode text: "),
+    ],
+)
+def test_what_is_no_text_is_refused(tokenizer, text, exception, message):
+    with pytest.raises(exception, match=message):
+        tokenizer.encode(text)
+
+
+def test_arrays_of_ids_are_decoded(tokenizer):
+    ids = tokenizer.encode("naïve 🙂")
+    for array in (np.array(ids), torch.tensor(ids)):
+        assert tokenizer.decode(array) == "naïve 🙂"
+    for wrong in ([1.0], ["1"], [None]):
+        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            tokenizer.decode(wrong)
 
 
 def test_check_fits(caplog):

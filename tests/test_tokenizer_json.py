@@ -8,7 +8,9 @@ import random
 
 import pytest
 from command_line import generate_json
-from tokenizers import AddedToken, decoders
+from tokenizers import AddedToken, decoders, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
 from trained_tokenizers import (
     CONTROL,
     TEXTS,
@@ -148,6 +150,17 @@ def test_other_decoders(tmp_path, decoder):
         both = backend.decode([*tokenizer.encode("a", bos=False), *ids])
         first = backend.decode(tokenizer.encode("a", bos=False))
         assert first + "".join(stream(tokenizer, ids, continued=True)) == both
+
+
+def test_tokens_without_a_decoder_are_words(tmp_path):
+    backend = Backend(WordLevel({"<unk>": 0, "quick": 1, "brown": 2, "fox": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = ours.Tokenizer.from_folder(tmp_path)
+    ids = tokenizer.encode("quick  red fox")
+    assert ids == [1, 0, 3]
+    assert tokenizer.decode(ids) == backend.decode(ids) == "quick <unk> fox"
+    assert stream(tokenizer, [2, 3], continued=True) == [" brown", " fox", ""]
 
 
 def test_control_tokens_are_those_of_the_file(tokenizer):

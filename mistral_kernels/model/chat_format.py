@@ -25,26 +25,46 @@ JINJA_FILE = "chat_template.jinja"
 JSON_FILES = ("tokenizer_config.json", "chat_template.json")
 TEMPLATE_FILES = f"{JINJA_FILE}, or chat_template in {' or '.join(JSON_FILES)}"
 ROLES = ("system", "user", "assistant")
-# What a template may end in: its own raise_exception, bad syntax, or any slip of its expressions.
+# What a template may end in: its own raise_exception, bad syntax (Python's too, for it is compiled
+# to Python), or any slip of its expressions.
 RENDER_ERRORS = (
     TemplateError,
+    SyntaxError,
     TypeError,
     ValueError,
     LookupError,
     AttributeError,
     ArithmeticError,
-    RecursionError,
+    RuntimeError,
+    MemoryError,
 )
 
 Messages = Sequence[Mapping[str, str]]
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Check that a text, which an error calls `name`, has no half of a surrogate pair.
+
+    Libraries refuse one in words that name nothing, or lose it.
+
+    Raises:
+        ValueError: it has one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: not Unicode text: {error}") from error
 
 
 def check_conversation(messages: Messages) -> list[dict[str, str]]:
     """Return the messages as plain dictionaries, after checking their form.
 
     Raises:
+        TypeError: messages is not a list.
         ValueError: a message is not a role of `ROLES` with a text; the last is not the user's.
     """
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        raise TypeError(f"messages: expected a list of messages, got {type(messages).__name__}")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
             raise ValueError(
@@ -58,10 +78,7 @@ def check_conversation(messages: Messages) -> list[dict[str, str]]:
             raise ValueError(
                 f"messages[{number}]: content: expected a text, got {message['content']!r:.80}"
             )
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError as error:  # half a surrogate pair
-            raise ValueError(f"messages[{number}]: content: not Unicode text: {error}") from error
+        check_unicode(message["content"], f"messages[{number}]: content")
     last = messages[-1]["role"] if messages else None
     if last != "user":
         raise ValueError(f"messages: expected the last one to be the user's, got {last!r}")
@@ -92,15 +109,18 @@ class ChatTemplate:
         """
         try:
             template = _environment().from_string(self.source)
-            return template.render(
+            text = template.render(
                 **special_tokens,
                 messages=messages,
                 tools=None,
                 documents=None,
                 add_generation_prompt=True,
             )
+            check_unicode(text, "its text")
         except RENDER_ERRORS as error:
-            raise ValueError(f"{self.path}: chat template: {error}") from error
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{self.path}: chat template: {reason}") from error
+        return text
 
 
 def find_chat_template(folder: Path) -> ChatTemplate | None:

@@ -14,6 +14,7 @@ LOAD_ERRORS = (
     RuntimeError,
     OSError,
     AssertionError,
+    AttributeError,
     LookupError,
     TypeError,
     ValueError,
@@ -44,7 +45,9 @@ class _MistralCommonTokens:
         try:
             self._chat = MistralTokenizer.from_file(path)
         except LOAD_ERRORS as error:
-            raise ValueError(f"{path}: not a tokenizer file: {error}") from error
+            # An assertion may say nothing, or print the whole vocabulary.
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{path}: not a tokenizer file: {reason:.300}") from error
         self._path = path
         self._tokens = self._chat.instruct_tokenizer.tokenizer
         self.version: str | None = self._tokens.version.value

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import codecs
 import logging
+import operator
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from mistral_kernels.model.chat_format import Messages, check_conversation, find_chat_template
+from mistral_kernels.model.chat_format import (
+    Messages,
+    check_conversation,
+    check_unicode,
+    find_chat_template,
+)
 from mistral_kernels.model.config import CONFIG_FILES, ModelConfig
 from mistral_kernels.model.hub import resolve_folder
 from mistral_kernels.model.mistral_tokens import REPLACEMENT, SentencePieceTokens, TekkenTokens
@@ -74,11 +80,14 @@ class Tokenizer:
             one are looked for beside it.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file is no tokenizer; names the file.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path}: no such file")
         if self.path.suffix != ".json":
             self._tokens: Tokens = SentencePieceTokens(self.path)
         elif "tekken" in self.path.name:
@@ -130,7 +139,14 @@ class Tokenizer:
         """Return the token ids of `text`, after the begin-of-text id if `bos` and `add_bos`.
 
         Control tokens spelled out in the text, such as "[INST]", are encoded as plain text.
+
+        Raises:
+            TypeError: text is no string.
+            ValueError: it has half of a surrogate pair.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"encode: text must be a string, got {type(text).__name__}")
+        check_unicode(text, "encode: text")
         begin = [self.bos_id] if bos and self.add_bos else []
         return begin + self._tokens.encode(text)
 
@@ -155,6 +171,7 @@ class Tokenizer:
             The ids, from the begin-of-text id on.
 
         Raises:
+            TypeError: messages is not a list.
             ValueError: there is no chat with this tokenizer (see `chat_refusal`), or the messages
                 are not a conversation that the format knows.
         """
@@ -163,7 +180,11 @@ class Tokenizer:
         return self._tokens.encode_chat(check_conversation(messages))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`; `TextStream` says what control tokens and bad bytes become."""
+        """Return the text of `ids`; `TextStream` says what control tokens and bad bytes become.
+
+        Raises:
+            TypeError: an id is no integer.
+        """
         stream = TextStream(self)
         return "".join([*map(stream.push, ids), stream.finish()])
 
@@ -230,6 +251,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Return the text that `token` completes, which may be empty."""
+        token = operator.index(token)  # numpy's and torch's integers too
         known = 0 <= token < self._tokens.vocab
         if known and self._tokens.is_control(token):
             return self.finish()

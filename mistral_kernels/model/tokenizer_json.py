@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from tokenizers.pre_tokenizers import ByteLevel
 
-from mistral_kernels.model.chat_format import TEMPLATE_FILES, find_chat_template
+from mistral_kernels.model.chat_format import TEMPLATE_FILES, check_unicode, find_chat_template
 from mistral_kernels.model.json_fields import read_json
 from mistral_kernels.model.mistral_tokens import BYTE_PIECE, REPLACE_EACH_BYTE
 
@@ -40,9 +40,8 @@ class JsonTokens:
     def __init__(self, path: Path):
         self._backend = _read(path)
         ids = self._backend.get_vocab(with_added_tokens=True).values()
-        if not ids or self._backend.decoder is None:
-            lacks = "tokens" if not ids else "decoder, which makes text of tokens"
-            raise ValueError(f"{path}: not a tokenizer file: it has no {lacks}")
+        if not ids:
+            raise ValueError(f"{path}: not a tokenizer file: it has no tokens")
         self.vocab = max(ids) + 1
         folder = path.parent
         config = _optional_json(folder / "tokenizer_config.json")
@@ -89,7 +88,8 @@ class JsonTokens:
         return self._decode([before, piece] if before else [piece])[len(before) :].encode()
 
     def _decode(self, pieces: list[str]) -> str:
-        return self._backend.decoder.decode(pieces)
+        decoder = self._backend.decoder
+        return " ".join(pieces) if decoder is None else decoder.decode(pieces)  # as `tokenizers`
 
     def _end(self, end: str, path: Path) -> int | None:
         """The id of the token that begins ("bos") or ends ("eos") a text, made a special one."""
@@ -125,8 +125,9 @@ class JsonTokens:
 
 def _read(path: Path) -> Backend:
     try:
-        backend = Backend.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing more precise
+        # Not from_file, which raises a bare Exception for whatever is wrong.
+        backend = Backend.from_buffer(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path}: not a tokenizer file: {error}") from error
     # Some files were saved while they cut or filled texts for training.
     backend.no_truncation()
@@ -145,6 +146,7 @@ def _named_tokens(folder: Path) -> dict[str, str]:
         for key, token in _optional_json(folder / file).items():
             text = token.get("content") if isinstance(token, dict) else token
             if key.endswith("_token") and isinstance(text, str):
+                check_unicode(text, f"{folder / file}: {key}")
                 names[key] = text
     return names
 
