@@ -115,6 +115,7 @@ def test_rollback_of_everything_empties_a_place():
     [
         ({"batch": -1}, ValueError, "batch must be >= 0, got -1"),
         ({"max_tokens": 0}, ValueError, "max_tokens must be >= 1, got 0"),
+        ({"max_tokens": 2**31}, ValueError, "max_tokens must be <= 2147483647, got 2147483648"),
         ({"max_tokens": 8.0}, TypeError, "max_tokens must be an int, got float"),
         ({"lookahead": -1}, ValueError, "lookahead must be >= 0, got -1"),
         ({"page_size": 0}, ValueError, "page_size must be >= 1, got 0"),

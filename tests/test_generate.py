@@ -67,8 +67,11 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_fed(model):
         generate([[1], [2]], model, max_tokens=1, cache=cache)
     with pytest.raises(ValueError, match="generate: cache: sequence 0 would reach 9 tokens"):
         generate([[1, 2, 3]], model, max_tokens=7, cache=cache)
-    with pytest.raises(TypeError, match="cache must be a KVCache"):
+    with pytest.raises(TypeError, match="generate: cache must be a KVCache"):
         generate([[1]], model, max_tokens=1, cache="ring")
+    other = random_model(windows=(7, None)).new_cache(1, 8)
+    with pytest.raises(ValueError, match="generate: cache must come from this model's new_cache"):
+        stream([[1]], model, max_tokens=1, cache=other)
     assert cache.lengths == [0]
     assert len(generate([[1, 2, 3]], model, max_tokens=6, cache=cache)[0][0]) == 6
 
@@ -124,9 +127,10 @@ def test_stream_yields_what_generate_returns_as_it_is_drawn(model):
     assert events[0][0] in (0, 2) and [e[0] for e in events].index(1) > 4
 
 
-def test_numpy_ids_are_taken(model):
-    arrays = [np.array(prompt) for prompt in PROMPTS]
-    assert generate(arrays, model, max_tokens=3) == generate(PROMPTS, model, max_tokens=3)
+@pytest.mark.parametrize("form", [np.array, torch.tensor, tuple, lambda ids: [*np.array(ids)]])
+def test_ids_in_other_forms_are_taken(model, form):
+    prompts = [form(prompt) for prompt in PROMPTS]
+    assert generate(prompts, model, max_tokens=3) == generate(PROMPTS, model, max_tokens=3)
 
 
 def test_many_windows_of_decode(model):
@@ -150,6 +154,10 @@ def test_logits_that_are_not_finite_are_reported():
         ({"encoded_prompts": [[1, 32]]}, ValueError, "ids in [0, 32), got 32"),
         ({"encoded_prompts": [[-1]]}, ValueError, "ids in [0, 32), got -1"),
         ({"encoded_prompts": [[1.5]]}, TypeError, "must hold ints, got [1.5]"),
+        ({"encoded_prompts": [[1, True]]}, TypeError, "must hold ints, got bools: [1, True]"),
+        ({"encoded_prompts": [np.array([[1], [2]])]}, TypeError, "must hold ints, got array([[1]"),
+        ({"encoded_prompts": [{1, 2}]}, TypeError, "or a list of token ids, got set"),
+        ({"encoded_prompts": [{1: 2}]}, TypeError, "or a list of token ids, got dict"),
         ({"encoded_prompts": 5}, TypeError, "encoded_prompts must be a list of prompts, got int"),
         ({"prompt_logprobs": 3}, TypeError, "prompt_logprobs must be a bool, got int"),
         ({"encoded_prompts": [1, 2]}, TypeError, "encoded_prompts[0] must be a string or a list"),
@@ -177,6 +185,7 @@ def test_logits_that_are_not_finite_are_reported():
         ({"max_tokens": None}, TypeError, "max_tokens must be an int, got NoneType"),
         ({"temperature": -0.1}, ValueError, "temperature must be finite and >= 0, got -0.1"),
         ({"temperature": float("nan")}, ValueError, "temperature must be finite and >= 0, got nan"),
+        ({"temperature": 10**400}, ValueError, "temperature must be finite and >= 0, got 1000"),
         ({"temperature": "hot"}, TypeError, "temperature must be a float, got str"),
         ({"top_p": 0.0}, ValueError, "top_p must be in (0, 1], got 0.0"),
         ({"top_p": 1.1}, ValueError, "top_p must be in (0, 1], got 1.1"),
@@ -194,3 +203,9 @@ def test_bad_input(model, function, changes, exception, message):
     arguments = {"encoded_prompts": [[1, 2]], "max_tokens": 1} | changes
     with pytest.raises(exception, match=re.escape(message)):
         function(arguments.pop("encoded_prompts"), model, **arguments)
+
+
+@pytest.mark.parametrize("function", [generate, stream])
+def test_arguments_in_the_wrong_order(model, function):
+    with pytest.raises(TypeError, match="generate: model must be a Transformer, got list"):
+        function(model, PROMPTS, max_tokens=1)

@@ -16,6 +16,7 @@ from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.ops.checks import is_int
 
 PAGE_ALIGNMENT = 16  # a page is a multiple of the kernels' smallest key tile
+MOST_TOKENS = 2**31 - 1  # positions are int32
 
 
 class LayerCache(NamedTuple):
@@ -71,6 +72,8 @@ class KVCache:
                 raise TypeError(f"new_cache: {name} must be an int, got {type(value).__name__}")
             if value < minimum:
                 raise ValueError(f"new_cache: {name} must be >= {minimum}, got {value}")
+        if max_tokens > MOST_TOKENS:
+            raise ValueError(f"new_cache: max_tokens must be <= {MOST_TOKENS}, got {max_tokens}")
         self.config, self.device, self.dtype = config, device, dtype
         self.batch, self.max_tokens, self.lookahead = batch, max_tokens, lookahead
         self.lengths = [0] * batch

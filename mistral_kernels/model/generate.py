@@ -26,6 +26,7 @@ from mistral_kernels.model.generate_checks import (
     Prompt,
     Settings,
     check_cache,
+    check_model,
     check_prompts,
     seeds_of,
     token_ids,
@@ -171,10 +172,11 @@ def _sequences(
     cache: KVCache | None,
 ) -> list[_Sequence]:
     """The prompts, ready to run. All arguments are checked here, before anything is fed."""
+    check_model(model)
     settings.check(model.config.vocab)
     check_prompts(encoded_prompts)
     if cache is not None:
-        check_cache(cache, len(encoded_prompts))
+        check_cache(cache, model, len(encoded_prompts))
     seeds = seeds_of(seed, len(encoded_prompts))
     sequences = []
     for index, prompt in enumerate(encoded_prompts):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import secrets
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mistral_kernels.model.cache import KVCache
+from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.stop_text import stop_strings
 from mistral_kernels.model.transformer import Transformer
 from mistral_kernels.ops.checks import is_int, is_number
@@ -54,7 +55,7 @@ class Settings:
             value = getattr(self, name)
             if not is_number(value):
                 raise TypeError(f"generate: {name} must be a float, got {type(value).__name__}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if not 0 <= self.temperature <= sys.float_info.max:  # an int may be larger
             raise ValueError(
                 f"generate: temperature must be finite and >= 0, got {self.temperature}"
             )
@@ -75,6 +76,12 @@ def tokenizer_for(model: Transformer, argument: str) -> Tokenizer:
         raise ValueError(f"generate: {argument} needs the model's tokenizer: {error}") from error
 
 
+def check_model(model: Transformer) -> None:
+    """Checks for a model, be it wrapped in another module, as by torch.compile."""
+    if not isinstance(getattr(model, "config", None), ModelConfig):
+        raise TypeError(f"generate: model must be a Transformer, got {type(model).__name__}")
+
+
 def check_prompts(prompts: Sequence[Prompt]) -> None:
     """Checks for a list of prompts, before any is looked at."""
     if isinstance(prompts, (str, bytes)):
@@ -91,15 +98,13 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
 def token_ids(prompt: Prompt, model: Transformer, name: str, *, bos: bool) -> list[int]:
     """The ids of one prompt, which an error calls `name`; text is encoded, after BOS if `bos`."""
     if isinstance(prompt, str):
-        ids = _encoded(prompt, tokenizer_for(model, name), name, bos)
-    elif isinstance(prompt, bytes) or not hasattr(prompt, "__iter__"):
-        got = type(prompt).__name__
-        raise TypeError(f"generate: {name} must be a string or a list of token ids, got {got}")
-    else:
+        tokenizer = tokenizer_for(model, name)
         try:
-            ids = [operator.index(token) for token in prompt]  # numpy's integers too
-        except TypeError as error:
-            raise TypeError(f"generate: {name} must hold ints, got {prompt}") from error
+            ids = tokenizer.encode(prompt, bos=bos)
+        except ValueError as error:
+            raise ValueError(f"generate: {name}: {error}") from error
+    else:
+        ids = _given_ids(prompt, name)
     if not ids:
         raise ValueError(f"generate: {name} must hold at least one token, got none")
     vocab = model.config.vocab
@@ -109,14 +114,19 @@ def token_ids(prompt: Prompt, model: Transformer, name: str, *, bos: bool) -> li
     return ids
 
 
-def _encoded(text: str, tokenizer: Tokenizer, name: str, bos: bool) -> list[int]:
+def _given_ids(prompt: object, name: str) -> list[int]:
+    """The ids of a list, a numpy array or a tensor."""
+    values = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # one copy from a GPU
+    # A set has no order, and of a dict only the keys would be read.
+    if isinstance(values, (bytes, bytearray)) or not isinstance(values, Sequence):
+        got = type(prompt).__name__
+        raise TypeError(f"generate: {name} must be a string or a list of token ids, got {got}")
+    if any(isinstance(token, bool) for token in values):
+        raise TypeError(f"generate: {name} must hold ints, got bools: {prompt!r:.80}")
     try:
-        text.encode(
-            "utf-8"
-        )  # half a surrogate pair would upset some tokenizers, and vanish in some
-    except UnicodeEncodeError as error:
-        raise ValueError(f"generate: {name} must be Unicode text: {error}") from error
-    return tokenizer.encode(text, bos=bos)
+        return [operator.index(token) for token in values]  # numpy's integers too
+    except TypeError as error:
+        raise TypeError(f"generate: {name} must hold ints, got {prompt!r:.80}") from error
 
 
 def seeds_of(seed: int | Sequence[int] | None, prompts: int) -> list[int]:
@@ -131,10 +141,9 @@ def seeds_of(seed: int | Sequence[int] | None, prompts: int) -> list[int]:
     return [value % 2**64 for value in seeds]
 
 
-def check_cache(cache: KVCache, prompts: int) -> None:
-    """Checks that a given cache is one, with a place for each prompt."""
-    if not isinstance(cache, KVCache):
-        raise TypeError(f"generate: cache must be a KVCache, got {type(cache).__name__}")
+def check_cache(cache: KVCache, model: Transformer, prompts: int) -> None:
+    """Checks that a given cache is the model's, with a place for each prompt."""
+    model.check_cache(cache, "generate")
     if cache.batch != prompts:
         raise ValueError(
             f"generate: cache must have one place for each of {prompts} prompts, got {cache.batch}"

@@ -242,6 +242,22 @@ class Transformer(SavableModule):
         self.rope_tables(max_tokens)  # grown now, so that no step has to
         return cache
 
+    def check_cache(self, cache: KVCache, name: str) -> None:
+        """Checks that a cache is one of this model's; `name` stands in front of the error.
+
+        Raises:
+            TypeError: it is no KVCache.
+            ValueError: it is for another shape, dtype or device.
+        """
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"{name}: cache must be a KVCache, got {type(cache).__name__}")
+        ours = (self.config, self.device, self.dtype)
+        if (cache.config, cache.device, cache.dtype) != ours:
+            raise ValueError(
+                f"{name}: cache must come from this model's new_cache, got one in {cache.dtype} on"
+                f" {cache.device} for {cache.config}"
+            )
+
     def forward(
         self,
         input_ids: Tensor,
@@ -323,14 +339,7 @@ class Transformer(SavableModule):
                     f" got {low if low < 0 else high}"
                 )
         if cache is not None:
-            if not isinstance(cache, KVCache):
-                raise TypeError(f"forward: cache must be a KVCache, got {type(cache).__name__}")
-            ours = (self.config, self.device, self.dtype)
-            if (cache.config, cache.device, cache.dtype) != ours:
-                raise ValueError(
-                    "forward: cache must come from this model's new_cache, got one in"
-                    f" {cache.dtype} on {cache.device} for {cache.config}"
-                )
+            self.check_cache(cache, "forward")
             if len(seqlens) != cache.batch:
                 raise ValueError(
                     f"forward: seqlens must have the cache's {cache.batch} entries,"
