@@ -25,8 +25,7 @@ from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.generate_checks import (
     Prompt,
     Settings,
-    check_cache,
-    check_model,
+    check_places,
     check_prompts,
     seeds_of,
     token_ids,
@@ -172,11 +171,10 @@ def _sequences(
     cache: KVCache | None,
 ) -> list[_Sequence]:
     """The prompts, ready to run. All arguments are checked here, before anything is fed."""
-    check_model(model)
-    settings.check(model.config.vocab)
+    settings.check(model)
     check_prompts(encoded_prompts)
     if cache is not None:
-        check_cache(cache, model, len(encoded_prompts))
+        check_places(cache, model, len(encoded_prompts))
     seeds = seeds_of(seed, len(encoded_prompts))
     sequences = []
     for index, prompt in enumerate(encoded_prompts):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import ModelConfig
+from mistral_kernels.model.forward_checks import check_cache
 from mistral_kernels.model.stop_text import stop_strings
 from mistral_kernels.model.transformer import Transformer
 from mistral_kernels.ops.checks import is_int, is_number
@@ -36,8 +37,12 @@ class Settings:
     stop: str | Sequence[str] | None
     cancel: threading.Event | None
 
-    def check(self, vocab: int) -> None:
-        """Checks every one of them; TypeError or ValueError names it."""
+    def check(self, model: Transformer) -> None:
+        """Checks the model and every one of them; TypeError or ValueError names it."""
+        # Not its class: torch.compile wraps it in another module.
+        if not isinstance(getattr(model, "config", None), ModelConfig):
+            raise TypeError(f"generate: model must be a Transformer, got {type(model).__name__}")
+        vocab = model.config.vocab
         for name, minimum in (("max_tokens", 0), ("top_k", 1), ("chunk_size", 1), ("eos_id", 0)):
             value = getattr(self, name)
             if value is None and name != "max_tokens":
@@ -76,23 +81,13 @@ def tokenizer_for(model: Transformer, argument: str) -> Tokenizer:
         raise ValueError(f"generate: {argument} needs the model's tokenizer: {error}") from error
 
 
-def check_model(model: Transformer) -> None:
-    """Checks for a model, be it wrapped in another module, as by torch.compile."""
-    if not isinstance(getattr(model, "config", None), ModelConfig):
-        raise TypeError(f"generate: model must be a Transformer, got {type(model).__name__}")
-
-
 def check_prompts(prompts: Sequence[Prompt]) -> None:
     """Checks for a list of prompts, before any is looked at."""
+    expected, name = "generate: encoded_prompts must be a list of prompts", type(prompts).__name__
     if isinstance(prompts, (str, bytes)):
-        name = type(prompts).__name__
-        raise TypeError(
-            "generate: encoded_prompts must be a list of prompts,"
-            f" got one {name}: put it into a list"
-        )
+        raise TypeError(f"{expected}, got one {name}: put it into a list")
     if not isinstance(prompts, Sequence):
-        name = type(prompts).__name__
-        raise TypeError(f"generate: encoded_prompts must be a list of prompts, got {name}")
+        raise TypeError(f"{expected}, got {name}")
 
 
 def token_ids(prompt: Prompt, model: Transformer, name: str, *, bos: bool) -> list[int]:
@@ -141,9 +136,9 @@ def seeds_of(seed: int | Sequence[int] | None, prompts: int) -> list[int]:
     return [value % 2**64 for value in seeds]
 
 
-def check_cache(cache: KVCache, model: Transformer, prompts: int) -> None:
+def check_places(cache: KVCache, model: Transformer, prompts: int) -> None:
     """Checks that a given cache is the model's, with a place for each prompt."""
-    model.check_cache(cache, "generate")
+    check_cache(cache, model, "generate")
     if cache.batch != prompts:
         raise ValueError(
             f"generate: cache must have one place for each of {prompts} prompts, got {cache.batch}"

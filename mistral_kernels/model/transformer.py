@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mistral_kernels.model.backends import choose_backends
 from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import Layout, ModelConfig
+from mistral_kernels.model.forward_checks import check_inputs
 from mistral_kernels.model.hub import resolve_folder
 from mistral_kernels.model.layers import BATCH_INVARIANT, Block, Kernels, parameter
 from mistral_kernels.model.rope_tables import RopeTables, rope_tables
@@ -242,22 +243,6 @@ class Transformer(SavableModule):
         self.rope_tables(max_tokens)  # grown now, so that no step has to
         return cache
 
-    def check_cache(self, cache: KVCache, name: str) -> None:
-        """Checks that a cache is one of this model's; `name` stands in front of the error.
-
-        Raises:
-            TypeError: it is no KVCache.
-            ValueError: it is for another shape, dtype or device.
-        """
-        if not isinstance(cache, KVCache):
-            raise TypeError(f"{name}: cache must be a KVCache, got {type(cache).__name__}")
-        ours = (self.config, self.device, self.dtype)
-        if (cache.config, cache.device, cache.dtype) != ours:
-            raise ValueError(
-                f"{name}: cache must come from this model's new_cache, got one in {cache.dtype} on"
-                f" {cache.device} for {cache.config}"
-            )
-
     def forward(
         self,
         input_ids: Tensor,
@@ -283,7 +268,7 @@ class Transformer(SavableModule):
             TypeError, ValueError: an argument does not fit, a token id is out of range, or a
                 sequence outgrows the cache; then the cache is as before.
         """
-        seqlens = self._check_inputs(input_ids, seqlens, cache)
+        seqlens = check_inputs(input_ids, seqlens, cache, self)
         batch = len(seqlens)
         lengths = [0] * batch if cache is None else cache.lengths
         starts = [0] * batch if cache is None else cache.starts
@@ -311,39 +296,3 @@ class Transformer(SavableModule):
         weight = self.tok_embeddings if self.config.tied_embeddings else self.output
         logits = self._kernels["linear"](normed, weight, BATCH_INVARIANT)
         return logits.to(compute_dtype(logits.dtype))
-
-    def _check_inputs(self, input_ids, seqlens, cache) -> list[int]:
-        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
-            got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
-            raise TypeError(f"forward: input_ids must be an int32 or int64 tensor, got {got}")
-        if input_ids.dim() != 1:
-            raise ValueError(
-                f"forward: input_ids must have shape (tokens,), got {tuple(input_ids.shape)}"
-            )
-        if isinstance(seqlens, Tensor):
-            seqlens = seqlens.tolist()
-        if not isinstance(seqlens, Sequence) or not all(map(is_int, seqlens)):
-            raise TypeError(f"forward: seqlens must be a list of ints, got {seqlens!r}")
-        seqlens = list(seqlens)
-        if any(n < 0 for n in seqlens) or sum(seqlens) != len(input_ids):
-            raise ValueError(
-                f"forward: seqlens must be >= 0 and sum to the {len(input_ids)} input_ids,"
-                f" got {seqlens}"
-            )
-        # On a GPU this would wait for the device; `generate` checks prompts while they are lists.
-        if input_ids.device.type == "cpu" and len(input_ids):
-            low, high = int(input_ids.min()), int(input_ids.max())
-            if low < 0 or high >= self.config.vocab:
-                raise ValueError(
-                    f"forward: input_ids must be in [0, {self.config.vocab}),"
-                    f" got {low if low < 0 else high}"
-                )
-        if cache is not None:
-            self.check_cache(cache, "forward")
-            if len(seqlens) != cache.batch:
-                raise ValueError(
-                    f"forward: seqlens must have the cache's {cache.batch} entries,"
-                    f" got {len(seqlens)}"
-                )
-            cache.check_room(seqlens)
-        return seqlens
