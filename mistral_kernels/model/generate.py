@@ -108,8 +108,8 @@ def generate(
     """Continues prompts.
 
     Args:
-        encoded_prompts: token ids of each prompt, or texts, or some of each; none empty, lengths
-            free. A text is encoded by `model.tokenizer`, with its begin-of-text id in front.
+        encoded_prompts: of each its token ids (list, array or tensor) or its text; none empty. A
+            text is encoded by `model.tokenizer`, with its begin-of-text id in front.
         model: at most its `max_batch_size` sequences run at once; others join as places free up.
         max_tokens: new tokens a sequence, >= 0.
         temperature: 0 for greedy; otherwise it divides the logits.
