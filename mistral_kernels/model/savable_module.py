@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mistral_kernels.model.config import Layout, ModelConfig
+from mistral_kernels.model.config import ModelConfig
+from mistral_kernels.model.layouts import Layout
 from mistral_kernels.model.saving import save_checkpoint
 from mistral_kernels.model.weight_table import parameter_shapes
 from mistral_kernels.model.weight_views import WeightView, weight_views

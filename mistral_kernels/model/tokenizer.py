@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Protocol
 
 from mistral_kernels.model.chat_format import Messages, check_conversation, find_chat_template
-from mistral_kernels.model.config import CONFIG_FILES, ModelConfig
+from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.hub import resolve_folder
+from mistral_kernels.model.layouts import CONFIG_FILES
 from mistral_kernels.model.mistral_tokens import REPLACEMENT, SentencePieceTokens, TekkenTokens
 from mistral_kernels.model.tokenizer_files import tokenizer_files
 from mistral_kernels.model.tokenizer_json import JsonTokens

@@ -26,9 +26,10 @@ from mistral_kernels.model.checkpoint_files import (
     open_tensors,
     read_headers,
 )
-from mistral_kernels.model.config import CONFIG_FILES, Layout, ModelConfig
+from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.config_formats import ties_unless_stored
 from mistral_kernels.model.json_fields import read_json
+from mistral_kernels.model.layouts import CONFIG_FILES, Layout
 from mistral_kernels.model.page_advice import Advice, advise
 from mistral_kernels.model.weight_table import (
     Place,
