@@ -15,9 +15,10 @@ import torch
 from mistral_kernels.free_memory import free_memory
 from mistral_kernels.model.backends import choose_backends
 from mistral_kernels.model.cache import KVCache
-from mistral_kernels.model.config import Layout, ModelConfig, folder_layout
+from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.families import family_of, is_chat_name
-from mistral_kernels.model.hub import LAYOUTS, model_name, resolve_folder
+from mistral_kernels.model.hub import model_name, resolve_folder
+from mistral_kernels.model.layouts import LAYOUTS, Layout, folder_layout
 from mistral_kernels.model.tokenizer import Tokenizer
 from mistral_kernels.model.weight_table import parameter_shapes
 from mistral_kernels.model.weights import DTYPES, Checkpoint, read_headers
@@ -71,6 +72,7 @@ def collect_checkpoint(folder: str | Path, layout: Layout | None = None) -> dict
         OSError: there is no such folder, or it holds no configuration.
         ValueError: the layout does not exist.
     """
+    asked = Path(folder)
     folder = resolve_folder(folder, layout=layout, weights=False)
     layout = folder_layout(folder, layout)
     files = _weight_files(folder, layout)
@@ -88,6 +90,8 @@ def collect_checkpoint(folder: str | Path, layout: Layout | None = None) -> dict
         config, dtype = checkpoint.config, checkpoint.dtype
     except (ValueError, OSError) as error:
         problem = str(error)
+        if config is not None and not files and folder != asked:
+            problem = f"before its weights are downloaded, which loading does: {problem}"
     tokenizer = _tokenizer_facts(folder, config)
     chat_model = tokenizer["chat_template"] or is_chat_name(facts["name"])
     facts |= {"problem": problem, "tokenizer": tokenizer, "chat_model": chat_model}
@@ -95,10 +99,11 @@ def collect_checkpoint(folder: str | Path, layout: Layout | None = None) -> dict
 
 
 def _weight_files(folder: Path, layout: Layout) -> list[Path]:
-    """Weight files of a layout, pickles among them."""
-    names = (f"{LAYOUTS[layout].stem}*", "pytorch_model*")[: 2 if layout == "huggingface" else 1]
-    endings = (".safetensors", ".pth", ".pt", ".bin")
-    return sorted(path for name in names for path in folder.glob(name) if path.suffix in endings)
+    """The weight files that are read in a layout: safetensors, or pickles if there are none."""
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    files = LAYOUTS[layout]
+    found = [name for name in files.among(names) if name != files.index]
+    return [folder / name for name in found or files.pickles_among(names)]
 
 
 def _stored_values(files: list[Path]) -> dict[str, int] | None:

@@ -207,6 +207,8 @@ def test_written_config_is_read_back(config: ModelConfig) -> None:
             ["params.json", "config.json", "model.safetensors", "consolidated.safetensors"],
             "native",
         ),
+        (["params.json", "config.json", "consolidated.00.pth", "model.safetensors"], "huggingface"),
+        (["params.json", "config.json", "consolidated.00.pth", "pytorch_model.bin"], "native"),
     ],
 )
 def test_folder_layout(tmp_path: Path, files: list[str], layout: str) -> None:

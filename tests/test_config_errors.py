@@ -43,6 +43,7 @@ NATIVE = [
     ("llama_4_scaling", {"beta": -1}, "llama_4_scaling.beta: expected a finite number >= 0"),
     ("kv_lora_rank", 512, "kv_lora_rank: MLA"),
     ("q_lora_rank", 512, "q_lora_rank: MLA"),
+    ("activation", "gelu", "activation: expected one of silu, got 'gelu'"),
     ("model_type", "mamba", "model_type: Mamba"),
     ("model_type", "rwkv", "model_type: expected one of transformer"),
     ("quantization", {"qformat_weight": "nvfp4"}, "quantization.qformat_weight: .* got 'nvfp4'"),

@@ -91,7 +91,8 @@ def test_model_tokenizer_and_config_take_the_name(hub):
 def test_info_downloads_no_weights(hub):
     facts = collect_checkpoint(NAME)
     assert hub.sent() == {"params.json", TOKENIZER}
-    assert (facts["name"], facts["files"]) == (NAME, {}) and "consolidated" in facts["problem"]
+    assert (facts["name"], facts["files"]) == (NAME, {})
+    assert facts["problem"].startswith("before its weights are downloaded, which loading does: ")
 
 
 def test_what_is_not_supported_is_not_downloaded(hub):
@@ -99,6 +100,14 @@ def test_what_is_not_supported_is_not_downloaded(hub):
     with pytest.raises(ValueError, match="MLA"):
         Transformer.from_folder(NAME)
     assert hub.sent() == {"params.json", TOKENIZER}
+
+
+@pytest.mark.parametrize(
+    ("folder", "error"), [(None, TypeError), (b"a/b", TypeError), ("", ValueError)]
+)
+def test_what_is_no_path(folder, error):
+    with pytest.raises(error, match="^folder must be a .*(NoneType|bytes|'')$"):
+        resolve_folder(folder)
 
 
 @pytest.mark.parametrize("layout", [None, "huggingface"])

@@ -181,6 +181,15 @@ def test_weights_that_cannot_be_read(tmp_path):
     assert "pickle" in facts["problem"] and list(facts["files"]) == ["consolidated.00.pth"]
 
 
+def test_links_that_lead_nowhere(tmp_path):
+    write_native(tmp_path, tiny_config(), shards=2)
+    lost = "consolidated-00001-of-00002.safetensors"
+    (tmp_path / lost).unlink()
+    (tmp_path / lost).symlink_to("nowhere")
+    facts = info_json(tmp_path)
+    assert lost in facts["problem"] and list(facts["files"]) == [lost.replace("1-of", "2-of")]
+
+
 def test_weights_in_8_bits_without_their_scale(tmp_path):
     tensors, key = native_tensors(tiny_config()), "layers.0.attention.wq.weight"
     tensors[key] = tensors[key].to(torch.float8_e4m3fn)

@@ -1,6 +1,7 @@
 """Every form in which checkpoints were released loads to the same model, and quickly."""
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -54,6 +55,13 @@ def test_native_pickles(tmp_path: Path, config: ModelConfig, dtype: torch.dtype,
     tensors = native_tensors(config, dtype=dtype)
     write_pickles(tmp_path, config, tensors, files=files)
     assert_loads(tmp_path, parameters_of(tensors, config), allow_pickle=True)
+
+
+def test_pickles_under_both_endings(tmp_path: Path):
+    tensors = native_tensors(DENSE)
+    write_pickles(tmp_path, DENSE, tensors)
+    shutil.copy(tmp_path / "consolidated.00.pth", tmp_path / "consolidated.00.pt")
+    assert_loads(tmp_path, parameters_of(tensors, DENSE), allow_pickle=True)
 
 
 @pytest.mark.parametrize("files", [1, 3])

@@ -139,7 +139,10 @@ def test_wrong_number_of_sequences_for_the_cache():
         ({"max_batch_size": 1.5}, TypeError, "max_batch_size must be an int, got float"),
         ({"dtype": torch.int8}, ValueError, "dtype must be one of"),
         ({"backend": "fast"}, ValueError, "backend must be 'auto' or one of"),
-        ({"device": "gpu"}, ValueError, "device must be a torch device, got 'gpu'"),
+        ({"device": "gpu"}, ValueError, "device must be an available torch device, got 'gpu'"),
+        ({"device": "fpga"}, ValueError, "device must be an available torch device, got 'fpga'"),
+        ({"device": "cuda:99"}, ValueError, "device must be an available torch device, got"),
+        ({"device": 1.5}, ValueError, "device must be an available torch device, got 1.5"),
     ],
 )
 def test_bad_construction(kwargs, exception, message):

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mistral_kernels.model.checkpoint_files import read_headers, read_into
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.weights import Checkpoint, parameter_shapes
 
@@ -149,6 +150,20 @@ def test_dtype_is_that_of_the_matrices_and_values_are_converted(tmp_path: Path) 
     assert checkpoint.nbytes == sum(tensor.nbytes for tensor in tensors.values())
     widened = {key: tensor.double() for key, tensor in tensors.items()}
     assert_equal(load(tmp_path, torch.float64), checkpoints.parameters_of(widened, DENSE))
+
+
+def test_what_is_read_without_a_mapping(tmp_path: Path) -> None:
+    tensors = checkpoints.write_native(tmp_path, DENSE, dtype=torch.bfloat16)
+    stored = read_headers([tmp_path / "consolidated.safetensors"])["output.weight"]
+    expected = tensors["output.weight"]
+    whole = torch.zeros(40, 24, dtype=torch.bfloat16)
+    assert read_into(whole[4:36], stored) and torch.equal(whole[4:36], expected)
+    assert not whole[:4].any() and not whole[36:].any()
+    for other in (torch.zeros(32, 24), torch.zeros(24, 32, dtype=torch.bfloat16).T):
+        assert not read_into(other, stored) and not other.any()
+    short = stored._replace(offset=stored.path.stat().st_size - 8)
+    with pytest.raises(ValueError, match="output.weight: the file ends before the tensor"):
+        read_into(whole[:32], short)
 
 
 def test_output_beside_a_tied_embedding(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 A set of files is complete or refused: shards say how many they are, an index names them.
 """
 
+import json
 import re
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,8 @@ class Stored(NamedTuple):
     key: str
     shape: tuple[int, ...]
     dtype: str
+    nbytes: int
+    offset: int | None  # of its first byte in the file, None in a pickle
 
 
 @contextmanager
@@ -104,16 +108,50 @@ def read_headers(paths: list[Path]) -> dict[str, Stored]:
 
 def _read_header(path: Path) -> list[Stored]:
     if path.suffix != ".safetensors":
-        return [
-            Stored(path, key, tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)))
-            for key, tensor in load_pickle(path).items()
-        ]
-    with open_safetensors(path) as file:
-        headers = {key: file.get_slice(key) for key in file.offset_keys()}
-        return [
-            Stored(path, key, tuple(header.get_shape()), header.get_dtype())
-            for key, header in headers.items()
-        ]
+        tensors = load_pickle(path).items()
+        dtypes = {key: DTYPE_NAMES.get(t.dtype, str(t.dtype)) for key, t in tensors}
+        return [Stored(path, k, tuple(t.shape), dtypes[k], t.nbytes, None) for k, t in tensors]
+    with open_safetensors(path), path.open("rb") as file:  # the former checks the header
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    found = []
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        shape, offset = tuple(entry["shape"]), 8 + size + begin
+        found.append(Stored(path, key, shape, entry["dtype"], end - begin, offset))
+    return found
+
+
+def read_into(target: Tensor, stored: Stored) -> bool:
+    """Reads a tensor from its file straight into memory.
+
+    The system reads ahead of this, but not of copying from a mapping, which takes longer if the
+    file is not in the page cache yet.
+
+    Args:
+        target: where to.
+        stored: a tensor of the same number of elements.
+
+    Returns:
+        Whether that was possible, or else nothing was done: the target must have the stored dtype
+        and be contiguous on the CPU.
+
+    Raises:
+        ValueError: the file is shorter than it was.
+    """
+    same = DTYPES.get(stored.dtype) == target.dtype and target.is_contiguous()
+    if stored.offset is None or not same or target.device.type != "cpu":
+        return False
+    left = memoryview(target.detach().view(-1).view(torch.uint8).numpy())
+    with stored.path.open("rb", buffering=0) as file:
+        file.seek(stored.offset)
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise ValueError(f"{stored.path}: {stored.key}: the file ends before the tensor")
+            left = left[count:]
+    return True
 
 
 def native_files(folder: Path, allow_pickle: bool) -> list[Path]:
@@ -139,8 +177,8 @@ def native_files(folder: Path, allow_pickle: bool) -> list[Path]:
     shards = sorted(folder.glob("consolidated-*-of-*.safetensors"))
     if shards:
         return _whole_set(folder, shards)
-    found = sorted(folder.glob("consolidated.[0-9][0-9].*"))
-    pickles = [path for path in found if path.suffix in (".pth", ".pt")]
+    pickles = sorted(folder.glob("consolidated.[0-9][0-9].pth"))
+    pickles = pickles or sorted(folder.glob("consolidated.[0-9][0-9].pt"))
     if not pickles:
         raise _nothing(folder, "consolidated*.safetensors")
     names = {pickle.name for pickle in pickles}

@@ -8,16 +8,13 @@ rows of wq and wk are stored (`interleaved`).
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mistral_kernels.model.config_formats import huggingface_fields, native_fields
 from mistral_kernels.model.families import known_fields
 from mistral_kernels.model.hub import resolve_folder
 from mistral_kernels.model.json_fields import read_json
-
-Layout = Literal["native", "huggingface"]
-
-CONFIG_FILES: dict[str, str] = {"native": "params.json", "huggingface": "config.json"}
+from mistral_kernels.model.layouts import CONFIG_FILES, Layout, folder_layout
 
 
 @dataclass(frozen=True)
@@ -206,44 +203,6 @@ class ModelConfig:
             return cls.from_native(values) if layout == "native" else cls.from_huggingface(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-
-
-def folder_layout(folder: str | Path, layout: Layout | None = None) -> Layout:
-    """Tells which layout to read a checkpoint folder in.
-
-    A folder that can be read in both layouts is read in the native one.
-
-    Args:
-        folder: path of the checkpoint.
-        layout: the layout asked for; None finds out.
-
-    Returns:
-        "native" or "huggingface".
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: there is no such folder, or it holds no
-            configuration.
-        ValueError: the layout asked for does not exist.
-    """
-    folder = Path(folder)
-    if layout is not None and layout not in CONFIG_FILES:
-        raise ValueError(f"layout: expected None, 'native' or 'huggingface', got {layout!r}")
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: expected a checkpoint folder, got a file")
-    present = [name for name, file in CONFIG_FILES.items() if (folder / file).exists()]
-    if not present or (layout and layout not in present):
-        files = CONFIG_FILES[layout] if layout else " nor ".join(CONFIG_FILES.values())
-        raise FileNotFoundError(f"{folder}: holds no {files}")
-    if layout or len(present) == 1:
-        return layout or present[0]
-    # Downloads often take both small files but the weights of one layout only.
-    huggingface = ("model*.safetensors*", "pytorch_model*.bin*")
-    only_huggingface = any(any(folder.glob(pattern)) for pattern in huggingface) and not any(
-        folder.glob("consolidated*")
-    )
-    return "huggingface" if only_huggingface else "native"
 
 
 def _is_positive_integer(value: object) -> bool:

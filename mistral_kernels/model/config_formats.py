@@ -42,6 +42,7 @@ def native_fields(params: dict[str, Any]) -> dict[str, Any]:
     _model_type(fields, ("transformer",), "transformer")
     _native_quantization(fields)
     fields.refuse("use_biases", "biases are not supported")
+    fields.choice("activation", ("silu",), "silu")
     hidden, q_heads = fields.integer("dim"), fields.integer("n_heads")
     layers = fields.integer("n_layers", maximum=MAX_LAYERS)
     windows = _native_windows(fields, layers)

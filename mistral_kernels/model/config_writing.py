@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from mistral_kernels.model.config import CONFIG_FILES, ModelConfig
+from mistral_kernels.model.config import ModelConfig
+from mistral_kernels.model.layouts import CONFIG_FILES
 
 
 def native_params(config: ModelConfig) -> dict[str, Any]:

@@ -8,15 +8,14 @@ cache has it already.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from mistral_kernels.model.json_fields import read_json
-
-if TYPE_CHECKING:
-    from mistral_kernels.model.config import Layout
+from mistral_kernels.model.layouts import LAYOUTS, Layout, LayoutFiles, check_layout
 
 logger = logging.getLogger("mistral_kernels")
 
@@ -29,41 +28,10 @@ TOKENIZER = re.compile(r"tekken\.json|tokenizer\.json|tokenizer\.model(\.v\w+)?"
 TOKENIZER_DETAILS = re.compile(
     r"(tokenizer_config|special_tokens_map|generation_config)\.json|chat_template\.\w+"
 )
-PICKLE = re.compile(r".*\.(pth|pt|bin)")
 
 
 class DownloadError(OSError):
     """A model of the hub that is neither in the cache nor can be downloaded."""
-
-
-class Weights(NamedTuple):
-    """The names that the weights of one layout have."""
-
-    config: str
-    stem: str  # of <stem>.safetensors and <stem>-00001-of-00002.safetensors
-    indexed: bool  # shards come with an index, which names them
-
-    @property
-    def single(self) -> str:
-        return f"{self.stem}.safetensors"
-
-    @property
-    def index(self) -> str:
-        return f"{self.single}.index.json"
-
-    def among(self, names: Collection[str]) -> list[str]:
-        """The files of a set of weights that are among these, the single one before shards."""
-        if self.single in names:
-            return [self.single]
-        shards = [n for n in names if re.fullmatch(rf"{self.stem}-\d+-of-\d+\.safetensors", n)]
-        return sorted(shards) + [self.index] * (self.indexed and self.index in names)
-
-
-# In the order of preference.
-LAYOUTS: dict[Layout, Weights] = {
-    "native": Weights("params.json", "consolidated", indexed=False),
-    "huggingface": Weights("config.json", "model", indexed=True),
-}
 
 
 class Model(NamedTuple):
@@ -95,13 +63,18 @@ def resolve_folder(
         The folder.
 
     Raises:
+        TypeError: the folder is no path.
         FileNotFoundError: there is no such path, and it cannot name a model on the hub.
         DownloadError: an OSError; the model is not in the cache and cannot be downloaded. Names
             the reason and the way to work without the hub.
-        ValueError: the repository holds no weights that can be read, or not in that layout.
+        ValueError: the folder is "", or the repository holds no weights that can be read, or not in
+            that layout.
     """
-    if layout is not None and layout not in LAYOUTS:
-        raise ValueError(f"layout: expected None, 'native' or 'huggingface', got {layout!r}")
+    check_layout(layout)
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder must be a str or a Path, got {type(folder).__name__}")
+    if not os.fspath(folder):  # Path("") would be the current folder
+        raise ValueError("folder must be a path or the name of a model, got ''")
     path = Path(folder)
     if path.exists():
         return path
@@ -164,7 +137,7 @@ def _missing(snapshot: Path | None, model: Model) -> list[str]:
     )
 
 
-def _missing_weights(snapshot: Path | None, names: set[str], layout: Weights) -> list[str]:
+def _missing_weights(snapshot: Path | None, names: set[str], layout: LayoutFiles) -> list[str]:
     found = layout.among(names)
     if found == [layout.single]:
         return []
@@ -216,7 +189,7 @@ def _unreadable(model: Model, names: set[str]) -> str:
     others = [n for n in LAYOUTS if n not in layouts and LAYOUTS[n].among(names)]
     if others:
         return f"{text}, but the weights in layout {others[0]!r}"
-    pickles = sorted(filter(PICKLE.fullmatch, names))
+    pickles = [pickle for files in LAYOUTS.values() for pickle in files.pickles_among(names)]
     return (
         f"{text}, only pickles such as {pickles[0]}, which are not downloaded" if pickles else text
     )

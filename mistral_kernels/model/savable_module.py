@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mistral_kernels.model.adaptable_module import AdaptableModule
-from mistral_kernels.model.config import Layout
+from mistral_kernels.model.layouts import Layout
 from mistral_kernels.model.saving import save_checkpoint
 from mistral_kernels.model.weight_table import parameter_shapes
 from mistral_kernels.model.weight_views import WeightView, weight_views

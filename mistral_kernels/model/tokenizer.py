@@ -20,8 +20,9 @@ from mistral_kernels.model.chat_format import (
     check_unicode,
     find_chat_template,
 )
-from mistral_kernels.model.config import CONFIG_FILES, ModelConfig
+from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.hub import resolve_folder
+from mistral_kernels.model.layouts import CONFIG_FILES
 from mistral_kernels.model.mistral_tokens import REPLACEMENT, SentencePieceTokens, TekkenTokens
 from mistral_kernels.model.tokenizer_files import tokenizer_files
 from mistral_kernels.model.tokenizer_json import JsonTokens

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from mistral_kernels.model.backends import choose_backends
 from mistral_kernels.model.cache import KVCache
-from mistral_kernels.model.config import Layout, ModelConfig
+from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.forward_checks import check_inputs
 from mistral_kernels.model.hub import resolve_folder
 from mistral_kernels.model.layers import BATCH_INVARIANT, Block, Kernels, parameter
+from mistral_kernels.model.layouts import Layout
 from mistral_kernels.model.rope_tables import RopeTables, rope_tables
 from mistral_kernels.model.savable_module import SavableModule
 from mistral_kernels.model.step import plan_step
@@ -63,16 +64,15 @@ class Transformer(SavableModule):
         if dtype is not None and dtype not in FLOATS:
             expected = ", ".join(map(str, FLOATS))
             raise ValueError(f"Transformer: dtype must be one of {expected}, got {dtype}")
+        device = torch.get_default_device() if device is None else device
         try:
-            device = torch.get_default_device() if device is None else torch.device(device)
-        except RuntimeError as error:
+            device = torch.empty(0, device=device).device
+        # AssertionError and ImportError: what torch was not compiled for.
+        except (RuntimeError, TypeError, AssertionError, ImportError) as error:
+            reason = str(error).split(". ")[0].splitlines()[0]
             raise ValueError(
-                f"Transformer: device must be a torch device, got {device!r}"
+                f"Transformer: device must be an available torch device, got {device!r} ({reason})"
             ) from error
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"Transformer: device must be available, got {device} and no CUDA device"
-            )
         self.config, self.max_batch_size = config, max_batch_size
         self.folder: Path | None = None
         self._tokenizer: Tokenizer | None = None

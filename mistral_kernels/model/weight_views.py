@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mistral_kernels.model.config import Layout, ModelConfig
+from mistral_kernels.model.config import ModelConfig
+from mistral_kernels.model.layouts import Layout
 from mistral_kernels.model.weight_table import (
     Place,
     checkpoint_table,

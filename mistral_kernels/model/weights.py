@@ -5,7 +5,6 @@ tensor goes from the mapped file straight to its place in the model.
 """
 
 import logging
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -25,10 +24,12 @@ from mistral_kernels.model.checkpoint_files import (
     native_files,
     open_tensors,
     read_headers,
+    read_into,
 )
-from mistral_kernels.model.config import CONFIG_FILES, Layout, ModelConfig
+from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.config_formats import ties_unless_stored
 from mistral_kernels.model.json_fields import read_json
+from mistral_kernels.model.layouts import CONFIG_FILES, Layout
 from mistral_kernels.model.page_advice import Advice, advise
 from mistral_kernels.model.weight_table import (
     Place,
@@ -124,8 +125,7 @@ class Checkpoint:
         self._tensors = _assign(source, stored, self.config, self._scales)
         sizes: Counter[str] = Counter()
         for tensor, _ in self._tensors:
-            itemsize = 1 if tensor.dtype == fp8.DTYPE else DTYPES[tensor.dtype].itemsize
-            sizes[tensor.dtype] += math.prod(tensor.shape) * itemsize
+            sizes[tensor.dtype] += tensor.nbytes
         self.nbytes: int = sizes.total()
         del sizes[fp8.DTYPE]
         self.dtype: torch.dtype = DTYPES[max(sizes, key=sizes.__getitem__)]
@@ -159,13 +159,10 @@ class Checkpoint:
             for path, tensors in groupby(self._tensors, key=lambda pair: pair[0].path):
                 with open_tensors(path) as read:
                     for stored, place in tensors:
-                        tensor, target = read(stored.key), place.of(parameters)
-                        advise(tensor, Advice.READ_AHEAD)
-                        if stored.key in scales:
-                            fp8.dequantise_(target, tensor, scales[stored.key])
-                        else:
-                            target.copy_(tensor.view(target.shape))
-                        progress.advance(bar, tensor.nbytes)
+                        target = place.of(parameters)
+                        if not read_into(target, stored):
+                            _convert(target, read(stored.key), scales.get(stored.key))
+                        progress.advance(bar, stored.nbytes)
 
     def _read_scales(self) -> dict[str, Tensor]:
         """The scales of all weights in 8 bits, which may lie in other files than their weights."""
@@ -176,6 +173,15 @@ class Checkpoint:
                 # Cloned: views would keep every file mapped.
                 scales |= {key: read(scale.key).clone() for key, scale in pairs}
         return scales
+
+
+def _convert(target: Tensor, tensor: Tensor, scale: Tensor | None) -> None:
+    """Copies a mapped tensor to memory of another dtype, order or device; 8 bits have a scale."""
+    advise(tensor, Advice.READ_AHEAD)
+    if scale is None:
+        target.copy_(tensor.view(target.shape))
+    else:
+        fp8.dequantise_(target, tensor, scale)
 
 
 def _take_scales(stored: dict[str, Stored]) -> dict[str, Stored]:
