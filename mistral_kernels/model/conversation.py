@@ -165,9 +165,10 @@ class Conversation:
             yield self._say(question, answer, rest)
 
     def _say(self, question: dict[str, str], answer: dict[str, str], piece: str) -> str:
-        if piece and not answer["content"]:
-            self.messages += [question, answer]
+        begins = piece and not answer["content"]
         answer["content"] += piece
+        if begins:  # and not before: an answer without text is no turn, wherever Ctrl-C comes
+            self.messages += [question, answer]
         return piece
 
     def _cut_cache(self, ids: list[int]) -> int:

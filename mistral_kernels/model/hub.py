@@ -8,6 +8,7 @@ cache has it already.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -103,11 +104,11 @@ def resolve_folder(
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout: expected None, 'native' or 'huggingface', got {layout!r}")
     path = Path(folder)
-    if path.exists():
+    if folder != "" and path.exists():  # Path("") is the current folder, and a slip of a script
         return path
     match = HUB_ID.fullmatch(folder) if isinstance(folder, str) else None
     if match is None:
-        raise FileNotFoundError(f"{folder}: no such folder")
+        raise FileNotFoundError(f"{folder or repr(folder)}: no such folder")
     return _find_model(Model(match["repository"], match["revision"], layout, weights), folder)
 
 
@@ -259,7 +260,7 @@ def model_name(folder: str | Path) -> str:
     >>> model_name("/home/me/.cache/huggingface/hub/models--org--name/snapshots/0123abcd")
     'org/name'
     """
-    folder = Path(folder).absolute()
+    folder = Path(os.path.abspath(folder))  # follows "..", but no links
     repository = folder.parents[1].name if len(folder.parents) > 1 else ""
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")
