@@ -14,7 +14,6 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-import mistral_kernels
 from mistral_kernels.model.conversation import Conversation
 from mistral_kernels.model.families import is_chat_name
 from mistral_kernels.model.hub import model_name
@@ -51,10 +50,8 @@ def run_chat(
         system, context: see Conversation.
 
     Raises:
-        TypeError, ValueError: an argument is out of range.
+        TypeError, ValueError: context is out of range, or there is no chat with this tokenizer.
     """
-    # Without a prompt this runs nothing, but checks the options before a message is typed.
-    mistral_kernels.stream([], model, **sampling._asdict())
     # An answer may be encoded as other tokens than were drawn: all of it can be taken back.
     conversation = Conversation(
         model, tokenizer, system=system, context=context, lookahead=sampling.max_tokens

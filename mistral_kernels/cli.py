@@ -7,6 +7,7 @@ Everything heavy is imported inside the commands, so that --help and --version a
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -47,6 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     # The name that typer gives this exception is private in some of its releases.
     usage_error = typer.BadParameter.__base__
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks is escaped, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(arguments or ["--help"], prog_name="mistral-kernels", standalone_mode=False)
         if sys.stdout:  # None if it was closed, as stdin and stderr may be
@@ -113,11 +116,11 @@ def generate(
     from mistral_kernels.model.stop_text import stop_strings
 
     stops = stop_strings(stop, "--stop")
-    model, tokenizer = load_model(folder, loading)
+    model, tokenizer = load_model(folder, loading, sampling)
     show = not (as_json or stream is False)
     result = continue_text(model, tokenizer, text, sampling, stop=stops, show=show)
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(result))
     elif stream is False:
         print(result["text"])
     print(rates_line(result["timings"]), file=sys.stderr)
@@ -143,15 +146,8 @@ def chat(
 
     from mistral_kernels.chat import run_chat
 
-    model, tokenizer = load_model(folder, loading, for_chat=True)
-    run_chat(
-        model,
-        tokenizer,
-        reader,
-        sampling,
-        system=system,
-        context=context,
-    )
+    model, tokenizer = load_model(folder, loading, sampling, for_chat=True)
+    run_chat(model, tokenizer, reader, sampling, system=system, context=context)
 
 
 @app.command()

@@ -112,18 +112,21 @@ def torch_dtype(name: Dtype | None) -> torch.dtype | None:
 
 
 def load_model(
-    folder: str, loading: Loading, *, for_chat: bool = False
+    folder: str, loading: Loading, sampling: Sampling, *, for_chat: bool = False
 ) -> tuple[Transformer, Tokenizer]:
     """The model of a folder, loaded as the options ask for, and its tokenizer.
 
+    What is wrong with options or files is told before the weights, which may take minutes to read.
     With `for_chat` a tokenizer that cannot encode a conversation is refused.
     """
-    from mistral_kernels import ModelConfig, Transformer
+    from mistral_kernels import ModelConfig, Transformer, stream
     from mistral_kernels.model.tokenizer import Tokenizer
 
     config = ModelConfig.from_folder(folder, loading.layout)
+    # On the meta device a model takes no memory, and without a prompt it runs nothing.
+    trial = Transformer(config, device="meta", backend=loading.backend)
+    stream([], trial, **sampling._asdict())
     tokenizer = Tokenizer.from_folder(folder, config)
-    # Before the weights, which may take minutes to read.
     tokenizer.check_fits(config)
     if for_chat and tokenizer.chat_refusal:
         raise ValueError(tokenizer.chat_refusal)

@@ -259,6 +259,8 @@ def model_name(folder: str | Path) -> str:
 
     >>> model_name("/home/me/.cache/huggingface/hub/models--org--name/snapshots/0123abcd")
     'org/name'
+    >>> model_name("models/large/../tiny")
+    'tiny'
     """
     folder = Path(os.path.abspath(folder))  # follows "..", but no links
     repository = folder.parents[1].name if len(folder.parents) > 1 else ""
