@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 import typer
+from rich.console import Console
 
-import mistral_kernels
 from mistral_kernels.model.conversation import Conversation
 from mistral_kernels.model.families import is_chat_name
+from mistral_kernels.model.hub import model_name
 from mistral_kernels.model.tokenizer import Tokenizer
 from mistral_kernels.model.transformer import Transformer
 from mistral_kernels.options import Sampling
@@ -37,7 +38,6 @@ def run_chat(
     reader: MessageReader,
     sampling: Sampling,
     *,
-    name: str,
     system: str | None = None,
     context: int | None = None,
 ) -> None:
@@ -47,18 +47,16 @@ def run_chat(
         model, tokenizer: who answers.
         reader: where messages and commands come from.
         sampling: how answers are drawn; turn i draws from its seed + i.
-        name: of the model, for the first line.
         system, context: see Conversation.
 
     Raises:
-        TypeError, ValueError: an argument is out of range.
+        TypeError, ValueError: context is out of range, or there is no chat with this tokenizer.
     """
-    # Without a prompt this runs nothing, but checks the options before a message is typed.
-    mistral_kernels.stream([], model, **sampling._asdict())
     # An answer may be encoded as other tokens than were drawn: all of it can be taken back.
     conversation = Conversation(
         model, tokenizer, system=system, context=context, lookahead=sampling.max_tokens
     )
+    name = model_name(model.folder)
     for_chat = tokenizer.has_chat_template or is_chat_name(name)
     kind = "" if for_chat else "; by its name and files not a chat model: answers may make no sense"
     dtype = str(model.dtype).removeprefix("torch.")
@@ -75,24 +73,34 @@ class _Chat:
         self._saved: set[Path] = set()  # files written here, which /save may overwrite
 
     def run(self) -> None:
-        going_on = True
+        going_on, interrupted = True, False
         while going_on:
+            # All that takes time is done in here, where one more Ctrl-C cannot end the chat.
             try:
-                typed = self.reader.read()
-                if typed is None:
-                    going_on = False
-                elif typed.is_command:
-                    going_on = self._command(typed.text)
-                elif typed.text.strip():
-                    self._answer(typed.text)
+                if interrupted:
+                    interrupted = False
+                    _tell("\nCtrl-C stops an answer; Ctrl-D or /exit ends the chat.")
+                going_on = self._turn()
             except KeyboardInterrupt:
                 if not self.reader.interactive:
                     raise
-                _tell("\nCtrl-C stops an answer; Ctrl-D or /exit ends the chat.")
-            except (ValueError, RuntimeError) as error:
-                _tell_error(str(error))
-        if self.reader.interactive and typed is None:
-            _tell("")  # Ctrl-D leaves the cursor behind the prompt
+                interrupted = True
+
+    def _turn(self) -> bool:
+        """Do what is typed next; False if it ends the chat."""
+        try:
+            typed = self.reader.read()
+            if typed is None:
+                if self.reader.interactive:
+                    _tell("")  # Ctrl-D leaves the cursor behind the prompt
+                return False
+            if typed.is_command:
+                return self._command(typed.text)
+            if typed.text.strip():
+                self._answer(typed.text)
+        except (ValueError, RuntimeError) as error:
+            _tell_error(str(error))
+        return True
 
     def _command(self, line: str) -> bool:
         """Do what a command says; False for /exit."""
@@ -115,10 +123,10 @@ class _Chat:
             _tell_error("/save wants the name of a file")
             return
         path = Path(name).expanduser().absolute()
-        if path.exists() and path not in self._saved:
-            _tell_error(f"/save: {path} exists already")
-            return
         try:
+            if path.exists() and path not in self._saved:
+                _tell_error(f"/save: {path} exists already")
+                return
             _write(path, self.conversation)
         except OSError as error:
             _tell_error(f"/save: {path}: {error.strerror}")
@@ -136,10 +144,11 @@ class _Chat:
         except ValueError as error:
             _tell_error(f"{error}; the conversation is as before, /reset begins a new one")
             return
-        times, stopped = [time.perf_counter()], False
+        times, said, stopped = [time.perf_counter()], False, False
         try:
             for piece in pieces:
                 times.append(time.perf_counter())
+                said = said or bool(piece)
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             if not self.reader.interactive:
@@ -148,9 +157,9 @@ class _Chat:
         finally:
             print(flush=True)
         times.append(time.perf_counter())
-        self._tell_turn(times, stopped)
+        self._tell_turn(times, said, stopped)
 
-    def _tell_turn(self, times: list[float], stopped: bool) -> None:
+    def _tell_turn(self, times: list[float], said: bool, stopped: bool) -> None:
         """Tell how the turn went: rates, tokens reused, and whether the answer is whole."""
         turn, parts = self.conversation, []
         if turn.tokens_drawn or not stopped:
@@ -162,9 +171,11 @@ class _Chat:
             parts.append(f"cut: the context of {turn.context} tokens is full, /reset empties it")
         elif turn.finish_reason == "length":
             parts.append("cut: --max-tokens")
-        if not turn.tokens_drawn:
+        if not said:
             parts.append("no answer, so the message is not kept")
-        typer.secho("; ".join(parts), dim=True, err=True)
+        # Dim where the terminal can be: not a dumb one, and not with NO_COLOR.
+        console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+        console.print("; ".join(parts), style="dim")
 
 
 def _write(path: Path, conversation: Conversation) -> None:

@@ -7,6 +7,7 @@ Everything heavy is imported inside the commands, so that --help and --version a
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -16,23 +17,17 @@ from typing import Annotated
 
 import typer
 
-from mistral_kernels.lora_options import LoraOption, LoraScalingOption, LoraWeightOption
 from mistral_kernels.model import TINY_MIXTRAL
+from mistral_kernels.option_groups import takes
 from mistral_kernels.options import (
-    BackendOption,
-    ChunkSizeOption,
+    AllowPickleOption,
     DeviceOption,
     Dtype,
-    DtypeOption,
     FolderArgument,
     JsonOption,
     LayoutOption,
-    MaxTokensOption,
+    Loading,
     Sampling,
-    SeedOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
     load_model,
     torch_device,
     torch_dtype,
@@ -41,6 +36,8 @@ from mistral_kernels.rates import rates_line
 from mistral_kernels.text_input import MessageReader, given_text, read_prompt
 
 logger = logging.getLogger("mistral_kernels")
+
+EMBEDDED = str(TINY_MIXTRAL)
 
 # No rich markup: it would take the brackets of "[default: ...]" for tags.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -51,6 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     # The name that typer gives this exception is private in some of its releases.
     usage_error = typer.BadParameter.__base__
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks is escaped, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(arguments or ["--help"], prog_name="mistral-kernels", standalone_mode=False)
         if sys.stdout:  # None if it was closed, as stdin and stderr may be
@@ -90,28 +89,19 @@ def _options(
 
 
 @app.command()
+@takes(sampling=Sampling(max_tokens=256, temperature=0.0), loading=Loading())
 def generate(
-    folder: FolderArgument = None,
+    folder: FolderArgument = EMBEDDED,
+    *,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="File to read it from [default: stdin].")
     ] = None,
-    max_tokens: MaxTokensOption = 256,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    top_k: TopKOption = None,
-    seed: SeedOption = None,
-    chunk_size: ChunkSizeOption = None,
+    sampling: Sampling,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; may be given repeatedly.")
     ] = None,
-    lora: LoraOption = None,
-    lora_scaling: LoraScalingOption = None,
-    lora_weight: LoraWeightOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    backend: BackendOption = "auto",
-    layout: LayoutOption = None,
+    loading: Loading,
     stream: Annotated[
         bool | None, typer.Option(help="Show text as it comes [default: yes, but not with --json].")
     ] = None,
@@ -126,48 +116,29 @@ def generate(
     from mistral_kernels.model.stop_text import stop_strings
 
     stops = stop_strings(stop, "--stop")
-    model, tokenizer = load_model(
-        folder,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        layout=layout,
-        lora=lora,
-        lora_scaling=lora_scaling,
-        lora_weight=lora_weight,
-    )
-    sampling = Sampling(max_tokens, temperature, top_p, top_k, seed, chunk_size)
+    model, tokenizer = load_model(folder, loading, sampling)
     show = not (as_json or stream is False)
     result = continue_text(model, tokenizer, text, sampling, stop=stops, show=show)
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(result))
     elif stream is False:
         print(result["text"])
     print(rates_line(result["timings"]), file=sys.stderr)
 
 
 @app.command()
+@takes(sampling=Sampling(max_tokens=1024, temperature=0.7), loading=Loading())
 def chat(
-    folder: FolderArgument = None,
+    folder: FolderArgument = EMBEDDED,
+    *,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     system_file: Annotated[Path | None, typer.Option(help="File to read it from.")] = None,
-    max_tokens: MaxTokensOption = 1024,
-    temperature: TemperatureOption = 0.7,
-    top_p: TopPOption = 1.0,
-    top_k: TopKOption = None,
-    seed: SeedOption = None,
-    chunk_size: ChunkSizeOption = None,
+    sampling: Sampling,
     context: Annotated[
         int | None,
         typer.Option(help="Most tokens of a conversation [default: the model's, at most 8192]."),
     ] = None,
-    lora: LoraOption = None,
-    lora_scaling: LoraScalingOption = None,
-    lora_weight: LoraWeightOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    backend: BackendOption = "auto",
-    layout: LayoutOption = None,
+    loading: Loading,
 ) -> None:
     """Talk with a model; /help tells what else can be typed."""
     system = given_text("--system", system, system_file)
@@ -175,27 +146,8 @@ def chat(
 
     from mistral_kernels.chat import run_chat
 
-    folder = folder or TINY_MIXTRAL
-    model, tokenizer = load_model(
-        folder,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        layout=layout,
-        lora=lora,
-        lora_scaling=lora_scaling,
-        lora_weight=lora_weight,
-        for_chat=True,
-    )
-    run_chat(
-        model,
-        tokenizer,
-        reader,
-        Sampling(max_tokens, temperature, top_p, top_k, seed, chunk_size),
-        name=Path(folder).resolve().name,
-        system=system,
-        context=context,
-    )
+    model, tokenizer = load_model(folder, loading, sampling, for_chat=True)
+    run_chat(model, tokenizer, reader, sampling, system=system, context=context)
 
 
 @app.command()
@@ -229,12 +181,13 @@ def info(
 
 @app.command()
 def verify(
-    folder: FolderArgument = None,
+    folder: FolderArgument = EMBEDDED,
     backend: Annotated[
         str | None, typer.Option(help="Check only this one and the reference [default: all].")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the model.")] = Dtype.float32,
     device: DeviceOption = None,
+    allow_pickle: AllowPickleOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check each backend's logits of one prompt against float64; status 1 if one misses."""
@@ -242,10 +195,11 @@ def verify(
     from mistral_kernels.verify import verify
 
     report = verify(
-        folder or TINY_MIXTRAL,
+        folder,
         backend=backend,
         dtype=torch_dtype(dtype),
         device=torch_device(device),
+        allow_pickle=allow_pickle,
     )
     asked = next((row for row in report.rows if row.backend == backend), None)
     if asked and asked.result == "not available":

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from mistral_kernels.lora_options import asked_adapters, load_adapters
-from mistral_kernels.model import TINY_MIXTRAL
+from mistral_kernels.lora_options import (
+    LoraOption,
+    LoraScalingOption,
+    LoraWeightOption,
+    asked_adapters,
+    load_adapters,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -35,40 +39,52 @@ class Layout(StrEnum):
 
 # No Path: to it "./org/name", a folder, and "org/name", a model of the hub, are the same.
 FolderArgument = Annotated[
-    str | None,
+    str,
     typer.Argument(
         help="Checkpoint folder, or org/name of the Hugging Face hub"
-        " [default: a tiny built-in model]."
+        " [default: a tiny built-in model].",
+        show_default=False,
     ),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N [default: cuda if present].")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="[default: the checkpoint's].")]
-BackendOption = Annotated[
-    str, typer.Option(help="Preferred kernels: reference, cpu, triton or cuda.")
-]
 LayoutOption = Annotated[Layout | None, typer.Option(help="Where a folder holds both.")]
-MaxTokensOption = Annotated[int, typer.Option(min=1, help="Most new tokens.")]
-TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
-TopPOption = Annotated[float, typer.Option(help="Sample from this much probability.")]
-TopKOption = Annotated[int | None, typer.Option(help="Sample from this many tokens.")]
-SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
-ChunkSizeOption = Annotated[
-    int | None, typer.Option(help="Read the prompt in pieces of this many tokens.")
+AllowPickleOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle", help="Also read .pth, .pt and .bin files, without running code of theirs."
+    ),
 ]
 
 
 class Sampling(NamedTuple):
-    """The options that `mistral_kernels.stream` takes under the same names."""
+    """How text is drawn: what `mistral_kernels.stream` takes under the same names."""
 
-    max_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int | None
-    seed: int | None
-    chunk_size: int | None
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens.")]
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")]
+    top_p: Annotated[float, typer.Option(help="Sample from this much probability.")] = 1.0
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens.")] = None
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None
+    chunk_size: Annotated[
+        int | None, typer.Option(help="Read the prompt in pieces of this many tokens.")
+    ] = None
+
+
+class Loading(NamedTuple):
+    """How a model is loaded: what `Transformer.from_folder` takes, and adapters."""
+
+    lora: LoraOption = None
+    lora_scaling: LoraScalingOption = None
+    lora_weight: LoraWeightOption = None
+    dtype: Annotated[Dtype | None, typer.Option(help="[default: the checkpoint's].")] = None
+    device: DeviceOption = None
+    backend: Annotated[
+        str, typer.Option(help="Preferred kernels: reference, cpu, triton or cuda.")
+    ] = "auto"
+    layout: LayoutOption = None
+    allow_pickle: AllowPickleOption = False
 
 
 def torch_device(name: str | None) -> torch.device | None:
@@ -96,38 +112,32 @@ def torch_dtype(name: Dtype | None) -> torch.dtype | None:
 
 
 def load_model(
-    folder: str | Path | None,
-    *,
-    device: str | None,
-    dtype: Dtype | None,
-    backend: str,
-    layout: Layout | None,
-    lora: list[Path] | None,
-    lora_scaling: list[float] | None,
-    lora_weight: list[float] | None,
-    for_chat: bool = False,
+    folder: str, loading: Loading, sampling: Sampling, *, for_chat: bool = False
 ) -> tuple[Transformer, Tokenizer]:
-    """The model that the options of the same names ask for, and its tokenizer.
+    """The model of a folder, loaded as the options ask for, and its tokenizer.
 
+    What is wrong with options or files is told before the weights, which may take minutes to read.
     With `for_chat` a tokenizer that cannot encode a conversation is refused.
     """
-    from mistral_kernels import ModelConfig, Transformer
+    from mistral_kernels import ModelConfig, Transformer, stream
     from mistral_kernels.model.tokenizer import Tokenizer
 
-    folder = folder or TINY_MIXTRAL
-    config = ModelConfig.from_folder(folder, layout)
+    config = ModelConfig.from_folder(folder, loading.layout)
+    # On the meta device a model takes no memory, and without a prompt it runs nothing.
+    trial = Transformer(config, device="meta", backend=loading.backend)
+    stream([], trial, **sampling._asdict())
     tokenizer = Tokenizer.from_folder(folder, config)
-    # Before the weights, which may take minutes to read.
     tokenizer.check_fits(config)
     if for_chat and tokenizer.chat_refusal:
         raise ValueError(tokenizer.chat_refusal)
-    adapters = asked_adapters(config, lora, lora_scaling, lora_weight)
+    adapters = asked_adapters(config, loading.lora, loading.lora_scaling, loading.lora_weight)
     model = Transformer.from_folder(
         folder,
-        device=torch_device(device),
-        dtype=torch_dtype(dtype),
-        backend=backend,
-        layout=layout,
+        device=torch_device(loading.device),
+        dtype=torch_dtype(loading.dtype),
+        backend=loading.backend,
+        layout=loading.layout,
+        allow_pickle=loading.allow_pickle,
     )
     model.tokenizer = tokenizer
     load_adapters(model, adapters)

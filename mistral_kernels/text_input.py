@@ -55,7 +55,7 @@ def _decoded(source: str, data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source}: the prompt is not UTF-8: {error}") from error
+        raise ValueError(f"{source}: not UTF-8: {error}") from error
 
 
 def _without_newline(data: bytes) -> bytes:

@@ -114,6 +114,7 @@ def verify(
     backend: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    allow_pickle: bool = False,
 ) -> Report:
     """Run a checkpoint's model with every backend and compare each with float64.
 
@@ -122,6 +123,7 @@ def verify(
         backend: only this one and the reference; None: all.
         dtype: of the model: float32, bfloat16 or float16.
         device: None: cuda if present, else cpu.
+        allow_pickle: as for `Transformer.from_folder`.
 
     Returns:
         A row for every backend, also for those that cannot run here.
@@ -134,7 +136,7 @@ def verify(
         raise ValueError(f"verify: backend must be one of {dispatch.BACKENDS}, got {backend!r}")
     if dtype not in DTYPES:
         raise ValueError(f"verify: dtype must be one of {DTYPES}, got {dtype}")
-    model = Transformer.from_folder(folder, device=device, dtype=dtype)
+    model = Transformer.from_folder(folder, device=device, dtype=dtype, allow_pickle=allow_pickle)
     steps, wrapped_window = plan_steps(model.config.windows)
     generator = torch.Generator("cpu").manual_seed(0)
     prompts = [

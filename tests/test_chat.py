@@ -12,8 +12,11 @@ from chat_session import COMMAND, GREEDY, answer_to, hello_and_bell, said
 from pseudo_terminal import CONTROL_C, CONTROL_D, PseudoTerminal
 from safetensors.torch import load_file, save_file
 
+from mistral_kernels import Transformer, chat
 from mistral_kernels.model import TINY_MIXTRAL
 from mistral_kernels.model.tokenizer import Tokenizer
+from mistral_kernels.options import Sampling
+from mistral_kernels.text_input import Typed
 
 PROMPT = ">>> "
 
@@ -22,8 +25,7 @@ def test_a_session_at_a_terminal(tmp_path):
     first, second = hello_and_bell()
     path = tmp_path / "said.json"
     with PseudoTerminal([*COMMAND, *GREEDY, "--max-tokens", "60"]) as terminal:
-        # Where the bar that shows loading was, a dumb terminal has an empty line.
-        lines = terminal.read_until(PROMPT).lstrip().splitlines()
+        lines = terminal.read_until(PROMPT).splitlines()
         for part in ("tiny_mixtral", "tokenizer v1", "float32 on cpu", "not a chat model"):
             assert part in lines[0]
         terminal.type("hello\n")
@@ -38,6 +40,7 @@ def test_a_session_at_a_terminal(tmp_path):
             ("/nonsense", "there is no command /nonsense"),
             ("/save", "/save wants the name of a file"),
             (f"/save {tmp_path}/no/where", "/save: .*/no/where: No such file"),
+            (f"/save {'a' * 300}", "/save: .*a: File name too long"),
             (f"/save {path}", f"4 messages are in {path}"),
             (f"/save {path}", f"4 messages are in {path}"),
             ("/reset now", "/reset takes no argument"),
@@ -113,22 +116,49 @@ def test_messages_of_many_lines(tmp_path):
     assert said(tmp_path / "said.json")[::2] == ["one\ntwo\nthree", "/four\n\nfive", "six"]
 
 
-def test_a_pipe_closed_behind_it_and_control_c_end_it_quietly(endless):
-    for end in ("close", "interrupt"):
-        with subprocess.Popen(
-            [*COMMAND, endless, *GREEDY, "--max-tokens", "7000"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        ) as process:
-            process.stdin.write(b"hello\n")
-            process.stdin.flush()
-            assert process.stdout.read(1)
-            if end == "close":
-                process.stdout.close()
-            else:
-                process.send_signal(signal.SIGINT)
-            process.wait(timeout=60)
-            assert process.returncode == (1 if end == "close" else 130)
-            assert b"Traceback" not in process.stderr.read()
+@pytest.mark.parametrize(("end", "status"), [("close", 1), ("interrupt", 130)])
+def test_a_pipe_closed_behind_it_and_control_c_end_it_quietly(end, status, endless):
+    with subprocess.Popen(
+        [*COMMAND, endless, *GREEDY, "--max-tokens", "7000"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        process.stdin.write(b"hello\n")
+        process.stdin.flush()
+        assert process.stdout.read(1)
+        if end == "close":
+            process.stdout.close()
+        else:
+            process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        assert process.returncode == status
+        assert b"Traceback" not in process.stderr.read()
+
+
+def test_control_c_again_while_the_last_one_is_answered(monkeypatch, capsys):
+    """Held down, it comes while chat tells what Ctrl-C does, too."""
+    tell, interrupts = chat._tell, iter(range(5))
+
+    def interrupted(text: str) -> None:
+        if text.startswith("\nCtrl-C") and next(interrupts, None) is not None:
+            raise KeyboardInterrupt
+        tell(text)
+
+    class Reader:
+        interactive = True
+        typed = iter([KeyboardInterrupt, Typed("/nonsense", True), Typed("/exit", True)])
+
+        def read(self) -> Typed:
+            typed = next(self.typed)
+            if typed is KeyboardInterrupt:
+                raise typed
+            return typed
+
+    monkeypatch.setattr(chat, "_tell", interrupted)
+    model = Transformer.from_folder(TINY_MIXTRAL, device="cpu")
+    chat.run_chat(model, model.tokenizer, Reader(), Sampling(max_tokens=3, temperature=0.0))
+    told = capsys.readouterr().err
+    assert "Ctrl-D or /exit ends" in told and "no command /nonsense" in told
+    assert next(interrupts, None) is None

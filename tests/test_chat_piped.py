@@ -14,6 +14,7 @@ from command_line import Ended, assert_refused, run_cli
 from trained_tokenizers import sentencepiece_form, write_folder
 
 from mistral_kernels.model import TINY_MIXTRAL
+from mistral_kernels.model.mistral_tokens import SentencePieceTokens
 
 
 def piped(monkeypatch: pytest.MonkeyPatch, lines: bytes, *options: object) -> Ended:
@@ -46,6 +47,14 @@ def test_an_answer_cut_by_max_tokens_or_context_says_so(monkeypatch):
     assert "cut: the context of 22 tokens is full, /reset" in cut
 
 
+def test_an_answer_without_text_is_told_and_not_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(SentencePieceTokens, "is_control", lambda self, token: True)
+    path = tmp_path / "said.json"
+    ended = piped(monkeypatch, b"hello\n/save %s\n" % bytes(path), "--max-tokens", 3)
+    assert ended.out == "\n" and "; no answer, so the message is not kept" in ended.err
+    assert json.loads(path.read_text())["messages"] == []
+
+
 @pytest.mark.parametrize("option", ["--system", "--system-file"])
 def test_the_system_prompt_reaches_the_model(option, tmp_path, monkeypatch):
     text = "Be brief."
@@ -59,10 +68,19 @@ def test_the_system_prompt_reaches_the_model(option, tmp_path, monkeypatch):
     assert saved["system"] == "Be brief." and saved["messages"][1]["content"] == expected
 
 
-@pytest.mark.parametrize(("name", "is_chat"), [("Tiny-Instruct-v1", True), ("Tiny-v1", False)])
-def test_the_first_line_tells_a_chat_model_by_its_name(name, is_chat, tmp_path, monkeypatch):
-    folder = shutil.copytree(TINY_MIXTRAL, tmp_path / name)
-    first = piped(monkeypatch, b"", folder).err.splitlines()[0]
+@pytest.mark.parametrize(
+    ("folder", "name", "is_chat"),
+    [
+        ("Tiny-Instruct-v1", "Tiny-Instruct-v1", True),
+        ("Tiny-v1", "Tiny-v1", False),
+        ("models--me--Tiny-Chat/snapshots/0123abcd", "me/Tiny-Chat", True),
+    ],
+)
+def test_the_first_line_tells_a_chat_model_by_its_name(
+    folder, name, is_chat, tmp_path, monkeypatch
+):
+    shutil.copytree(TINY_MIXTRAL, tmp_path / folder)
+    first = piped(monkeypatch, b"", tmp_path / folder).err.splitlines()[0]
     assert first.startswith(f"{name}, tokenizer v1") and ("not a chat model" in first) != is_chat
 
 

@@ -1,17 +1,20 @@
 """`mistral-kernels generate` and `info`: what they write and what their options do."""
 
+import contextlib
 import io
 import json
+import shutil
 import sys
 
 import pytest
 import torch
-from command_line import generate_json, run_cli
+from command_line import assert_refused, generate_json, run_cli
 from safetensors.torch import load_file, save_file
 
 import mistral_kernels
 from mistral_kernels import ops
-from mistral_kernels.cli import TINY_MIXTRAL
+from mistral_kernels.cli import main
+from mistral_kernels.model import TINY_MIXTRAL
 from mistral_kernels.model.tokenizer import Tokenizer
 from mistral_kernels.ops import dispatch
 
@@ -135,6 +138,29 @@ def test_lora_changes_the_model_by_its_scaling(tmp_path):
     assert generate_json(*both)["logprobs"] == changed  # 1 + 1
     each = [*both, "--lora-scaling", 4.0, "--lora-weight", 2.0, "--lora-weight", 0.0]
     assert generate_json(*each)["logprobs"] == changed  # 1 * 2 + 4 * 0
+
+
+def test_pickles_are_read_if_allowed(tmp_path, monkeypatch):
+    for name in ("params.json", "tokenizer.model.v1"):
+        shutil.copyfile(TINY_MIXTRAL / name, tmp_path / name)
+    weights = load_file(TINY_MIXTRAL / "consolidated.safetensors")
+    torch.save(weights, tmp_path / "consolidated.00.pth")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    for command in (["generate", "--prompt", PROMPT], ["chat"], ["verify"]):
+        options = [*command, tmp_path, "--device", "cpu"]
+        assert_refused(run_cli(*options), "consolidated.00.pth", "--allow-pickle")
+        assert run_cli(*options, "--allow-pickle").status == 0
+
+
+def test_text_that_stdout_cannot_encode_is_escaped():
+    command = ["generate", "--prompt", PROMPT, "--temperature", "30", "--seed", "1"]
+    command += ["--max-tokens", "20", "--device", "cpu"]
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as ended:
+        main(command)
+    text = run_cli(*command).out
+    assert ended.value.code is None and not text.isascii()
+    assert out.buffer.getvalue() == text.encode("ascii", "backslashreplace")
 
 
 # info and the process

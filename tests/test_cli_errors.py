@@ -14,7 +14,7 @@ from command_line import assert_refused, run_cli
 from safetensors.torch import load_file, save_file
 
 import mistral_kernels
-from mistral_kernels.cli import TINY_MIXTRAL
+from mistral_kernels.model import TINY_MIXTRAL
 
 COMMAND = [sys.executable, "-m", "mistral_kernels.cli"]
 ENDLESS = ["generate", "--prompt", "a", "--temperature", "30", "--max-tokens", "100000"]
@@ -62,6 +62,9 @@ def folder(tmp_path) -> Path:
             ["--lora-weight: expected one value, or one for each of 3 --lora, got 2"],
         ),
         (["info", "extra"], ["extra"]),
+        (["generate", "", "--prompt", "a"], ["'': no such folder"]),
+        (["chat", ""], ["'': no such folder"]),
+        (["verify", ""], ["'': no such folder"]),
         (["chat", "/nowhere"], ["/nowhere: no such folder"]),
         (["chat", "--system", ""], ["--system", "empty"]),
         (["chat", "--system", "caf\udce9"], ["--system", "UTF-8"]),
@@ -98,6 +101,17 @@ def test_tokenizer_that_does_not_fit(folder):
         folder / "tokenizer.model.v1",
     )
     assert_refused(run_cli("generate", folder, "--prompt", "a"), "32000", "2048")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--temperature", "-1"), ("--top-p", "2"), ("--backend", "magic")]
+)
+def test_options_are_refused_before_weights_are_read(folder, option, value):
+    (folder / "consolidated.safetensors").unlink()
+    named = option.removeprefix("--").replace("-", "_")
+    for command in ("generate", "chat"):
+        given = ["--prompt", "a"] if command == "generate" else []
+        assert_refused(run_cli(command, folder, *given, option, value), named, value)
 
 
 def test_truncated_checkpoint(folder):

@@ -74,7 +74,7 @@ def test_context_defaults_to_what_the_model_says(tokenizer, max_positions, conte
 @pytest.mark.parametrize(
     ("changes", "exception", "message"),
     [
-        ({"context": 0}, ValueError, "context must be >= 1, got 0"),
+        ({"context": 17}, ValueError, "context must be >= 18, .* got 17"),
         ({"context": 2.5}, TypeError, "context must be an int, got float"),
         ({"system": 5}, ValueError, r"messages\[0\]: content: expected a text, got 5"),
         ({"text": b"hello"}, ValueError, r"messages\[0\]: content: expected a text, got b'hello'"),

@@ -19,9 +19,9 @@ LIBRARY = ("kernels", "mistral_kernels/ops", "mistral_kernels/model")
 # with the model, which they show.
 RANKS = {"_C": 0, "kernels": 0, "tolerance": 0, "ops": 1, "model": 2, "integrations": 3}
 RANKS |= dict.fromkeys(("cli", "chat", "verify", "routing", "info", "tables"), 3)
-RANKS["lora_options"] = 3
 RANKS |= dict.fromkeys(("checkpoint_info", "free_memory"), 3)
-RANKS |= dict.fromkeys(("options", "text_input", "continuation", "rates"), 3)
+RANKS |= dict.fromkeys(("options", "option_groups", "lora_options"), 3)
+RANKS |= dict.fromkeys(("text_input", "continuation", "rates"), 3)
 
 
 def sources(folder: str, *endings: str) -> list[Path]:

@@ -165,5 +165,6 @@ def test_progress_on_a_terminal_only(tmp_path: Path, monkeypatch, capfd) -> None
     assert capfd.readouterr() == ("", "")
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")  # a dumb one has no bar
     model.save_pretrained(tmp_path / "watched")
     assert "saving" in terminal.getvalue() and capfd.readouterr().out == ""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mistral_kernels import Transformer
-from mistral_kernels.cli import TINY_MIXTRAL
+from mistral_kernels.model import TINY_MIXTRAL
 from mistral_kernels.model.tokenizer import Tokenizer
 
 HELD_OUT = Path(__file__).parent / "data" / "heldout.txt"

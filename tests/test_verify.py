@@ -11,7 +11,7 @@ from command_line import assert_refused, run_cli
 from tiny_models import random_model, random_prompts
 
 from mistral_kernels import Transformer, ops
-from mistral_kernels.cli import TINY_MIXTRAL
+from mistral_kernels.model import TINY_MIXTRAL
 from mistral_kernels.ops import dispatch
 from mistral_kernels.ops.dispatch import BoundOp
 from mistral_kernels.tolerance import MAX_FLOOR, MAX_RATIO, MEAN_RATIO, error, fp32_limit

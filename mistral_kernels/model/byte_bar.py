@@ -7,11 +7,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColu
 
 
 def byte_bar(doing: str) -> Progress:
-    """A bar on stderr that counts bytes and vanishes at its end; silent where that is no terminal.
+    """A bar on stderr that counts bytes and vanishes at its end; silent where it could not vanish.
 
     Args:
         doing: the word in front of the bar.
     """
     columns = (doing, BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    quiet = not (sys.stderr and sys.stderr.isatty())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
+    console = Console(stderr=True)
+    quiet = console.is_dumb_terminal or not (sys.stderr and sys.stderr.isatty())
+    return Progress(*columns, console=console, transient=True, disable=quiet)

@@ -248,7 +248,7 @@ def _allowed(pickles: list[Path], allow_pickle: bool) -> list[Path]:
     if not allow_pickle:
         raise ValueError(
             f"{pickles[0]}: a pickle, which could hold code; it is read, without running any,"
-            " with allow_pickle=True"
+            " with allow_pickle=True (on the command line --allow-pickle)"
         )
     return pickles
 

@@ -65,12 +65,16 @@ class Conversation:
             context = min(model.config.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
         if not is_int(context):
             raise TypeError(f"Conversation: context must be an int, got {type(context).__name__}")
-        if context < 1:
-            raise ValueError(f"Conversation: context must be >= 1, got {context}")
         self.model, self.tokenizer, self.context = model, tokenizer, context
         self._system = [] if system is None else [_message("system", system)]
-        # What the format refuses in any conversation is told now: no chat at all, no system prompt.
-        tokenizer.encode_chat([*self._system, _message("user", "Hello")])
+        # What is true of any conversation is told now: that the format has no chat at all or no
+        # system prompt, or that this one leaves no room for a question.
+        shortest = len(tokenizer.encode_chat([*self._system, _message("user", "?")]))
+        if context < shortest:
+            raise ValueError(
+                f"Conversation: context must be >= {shortest}, the tokens of the system prompt and"
+                f" of a question of one character, got {context}"
+            )
         self.cache = model.new_cache(1, context, lookahead=lookahead)
         self._answer: Iterator[str] | None = None
         self.reset()
@@ -165,9 +169,10 @@ class Conversation:
             yield self._say(question, answer, rest)
 
     def _say(self, question: dict[str, str], answer: dict[str, str], piece: str) -> str:
-        if piece and not answer["content"]:
-            self.messages += [question, answer]
+        begins = piece and not answer["content"]
         answer["content"] += piece
+        if begins:  # and not before: an answer without text is no turn, wherever Ctrl-C comes
+            self.messages += [question, answer]
         return piece
 
     def _cut_cache(self, ids: list[int]) -> int:

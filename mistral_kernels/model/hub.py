@@ -76,11 +76,11 @@ def resolve_folder(
     if not os.fspath(folder):  # Path("") would be the current folder
         raise ValueError("folder must be a path or the name of a model, got ''")
     path = Path(folder)
-    if path.exists():
+    if folder != "" and path.exists():  # Path("") is the current folder, and a slip of a script
         return path
     match = HUB_ID.fullmatch(folder) if isinstance(folder, str) else None
     if match is None:
-        raise FileNotFoundError(f"{folder}: no such folder")
+        raise FileNotFoundError(f"{folder or repr(folder)}: no such folder")
     return _find_model(Model(match["repository"], match["revision"], layout, weights), folder)
 
 
@@ -231,8 +231,10 @@ def model_name(folder: str | Path) -> str:
 
     >>> model_name("/home/me/.cache/huggingface/hub/models--org--name/snapshots/0123abcd")
     'org/name'
+    >>> model_name("models/large/../tiny")
+    'tiny'
     """
-    folder = Path(folder).absolute()
+    folder = Path(os.path.abspath(folder))  # follows "..", but no links
     repository = folder.parents[1].name if len(folder.parents) > 1 else ""
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")
