@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mistral_kernels.model.checkpoint_files import Stored, open_safetensors, read_headers
-from mistral_kernels.model.config import CONFIG_FILES, ModelConfig
+from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.json_fields import JsonFields, read_json
+from mistral_kernels.model.layouts import CONFIG_FILES
 from mistral_kernels.model.low_rank import Pair, Update, check_pairs
 from mistral_kernels.model.peft_files import Copy, peft_pairs
 from mistral_kernels.model.peft_settings import CONFIG_FILE
