@@ -73,14 +73,14 @@ def resolve_folder(
     check_layout(layout)
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be a str or a Path, got {type(folder).__name__}")
-    if not os.fspath(folder):  # Path("") would be the current folder
+    if not os.fspath(folder):  # Path("") would be the current folder: a slip of a script
         raise ValueError("folder must be a path or the name of a model, got ''")
     path = Path(folder)
-    if folder != "" and path.exists():  # Path("") is the current folder, and a slip of a script
+    if path.exists():
         return path
     match = HUB_ID.fullmatch(folder) if isinstance(folder, str) else None
     if match is None:
-        raise FileNotFoundError(f"{folder or repr(folder)}: no such folder")
+        raise FileNotFoundError(f"{folder}: no such folder")
     return _find_model(Model(match["repository"], match["revision"], layout, weights), folder)
 
 
