@@ -14,13 +14,21 @@ from whole_graph import whole_graph
 
 
 def gradients(
-    function: Callable[..., Tensor], inputs: dict[str, Tensor], dtype: torch.dtype
+    function: Callable[..., Tensor],
+    inputs: dict[str, Tensor],
+    dtype: torch.dtype,
+    given: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """Return the gradient of each input, for a fixed direction of the output."""
-    leaves = {name: value.detach().to(dtype).requires_grad_() for name, value in inputs.items()}
+    """Return the gradient of each input, for a fixed direction of the output.
+
+    Inputs and direction have only the digits of `given`, so that a float64 run shares them.
+    """
+    leaves = {
+        name: value.detach().to(given).to(dtype).requires_grad_() for name, value in inputs.items()
+    }
     out = function(**leaves)
-    direction = torch.arange(out.numel(), device=out.device).cos().to(out.dtype).view_as(out)
-    return torch.autograd.grad(out, list(leaves.values()), direction)
+    direction = torch.arange(out.numel(), device=out.device).cos().to(given).to(out.dtype)
+    return torch.autograd.grad(out, list(leaves.values()), direction.view_as(out))
 
 
 def check(
@@ -42,9 +50,19 @@ def check_float32(
     ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: dict[str, Tensor]
 ) -> None:
     """Assert that float32 gradients are about as near to float64 as those of plain autograd."""
-    found = gradients(ours, inputs, torch.float32)
-    peers = gradients(plain, inputs, torch.float32)
-    exact = gradients(plain, inputs, torch.float64)
+    check_dtype(ours, plain, inputs, torch.float32)
+
+
+def check_dtype(
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    inputs: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Assert that gradients in `dtype` are about as near to float64 as those of plain autograd."""
+    found = gradients(ours, inputs, dtype, dtype)
+    peers = gradients(plain, inputs, dtype, dtype)
+    exact = gradients(plain, inputs, torch.float64, dtype)
     for name, got, peer, right in zip(inputs, found, peers, exact, strict=True):
         assert_close(got, peer, right, f"gradient of {name}")
 

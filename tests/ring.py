@@ -102,3 +102,17 @@ def empty_ring(
 
     table = torch.full((batch, pages_per_seq), -1, dtype=torch.int32, device=device)
     return Ring(cache(), cache(), table, k_scale, v_scale)
+
+
+def one_token_ring(heads: int, head_dim: int, dtype: torch.dtype, device: str) -> Ring:
+    """Return a quantised ring of scale 1 whose only slot has its page."""
+    one = torch.ones(1, device=device)
+    kind = {"dtype": dtype, "device": device, "k_scale": one, "v_scale": one}
+    cache = empty_ring(1, 1, 1, heads, head_dim, **kind)
+    cache.place(0, 0)
+    return cache
+
+
+def codes(dtype: torch.dtype) -> Tensor:
+    """Return every number of an 8-bit format, NaN included."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype)

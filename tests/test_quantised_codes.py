@@ -1,8 +1,8 @@
-"""int8 and fp8 caches number by number: every code widened, every rounding case stored."""
+"""int8 and fp8 caches number by number: every rounding case is stored as torch rounds it."""
 
 import pytest
-import ring
 import torch
+from ring import codes, one_token_ring
 from tolerance import assert_same
 from torch import Tensor
 
@@ -10,11 +10,6 @@ from mistral_kernels import ops
 
 OP = "store_kv_"
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
-SHAPES = ((1, 256), (256, 1), (4, 64))  # kv_heads, head_dim: whole vectors, and one by one
-
-
-def codes(dtype: torch.dtype) -> Tensor:
-    return torch.arange(256, dtype=torch.uint8).view(dtype)
 
 
 def rounding_cases(dtype: torch.dtype) -> Tensor:
@@ -39,14 +34,6 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-def one_token_ring(heads: int, head_dim: int, dtype: torch.dtype, device: str) -> ring.Ring:
-    one = torch.ones(1, device=device)
-    kind = {"dtype": dtype, "device": device, "k_scale": one, "v_scale": one}
-    cache = ring.empty_ring(1, 1, 1, heads, head_dim, **kind)
-    cache.place(0, 0)
-    return cache
-
-
 @pytest.mark.parametrize("cache_dtype", QUANTISED, ids=str)
 @pytest.mark.parametrize("heads", [1, 3])
 def test_every_rounding_case_is_stored_as_torch_rounds_it(heads, cache_dtype, backend, device):
@@ -59,24 +46,3 @@ def test_every_rounding_case_is_stored_as_torch_rounds_it(heads, cache_dtype, ba
     page, row = cache.place(0, 0)
     assert_same(cache.k_cache[page, row], rounded(x[0], cache_dtype), "k")
     assert_same(cache.v_cache[page, row], rounded(-x[0], cache_dtype), "v")
-
-
-@pytest.mark.parametrize("cache_dtype", QUANTISED, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_code_is_widened_as_torch_does(shape, cache_dtype, backend, device):
-    heads, head_dim = shape
-    cache = one_token_ring(heads, head_dim, cache_dtype, device)
-    page, row = cache.place(0, 0)
-    values = codes(cache_dtype).to(device).view(heads, head_dim)
-    cache.k_cache[page, row] = torch.zeros(heads, head_dim).to(device, cache_dtype)
-    cache.v_cache[page, row] = values
-    # The only key has weight 1, so its value comes out as it is.
-    q = torch.ones(1, heads, head_dim, device=device)
-    positions = torch.zeros(1, dtype=torch.int32, device=device)
-    out, lse = ops.decode_attention(
-        q, None, None, **cache.arguments(), positions=positions, backend=backend
-    )
-    expected = values.float()
-    assert torch.equal(out[0].isnan(), expected.isnan())
-    assert torch.equal(out[0].nan_to_num(), expected.nan_to_num())
-    assert (lse == 0).all()

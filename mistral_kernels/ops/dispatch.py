@@ -228,7 +228,7 @@ def define(
     facts: Callable[..., Facts] = lambda *inputs: (),
     check_values: Callable[..., None] | None = None,
     differentiable: Sequence[str] = (),
-    backward: Callable | None = None,
+    backward: Callable | dict[str, Cell | Callable] | None = None,
 ) -> Callable:
     """Registers one op and returns its overload, ready to call with all arguments and `backend`.
 
@@ -243,11 +243,11 @@ def define(
             tensors only, because on a GPU it would wait for the device.
         differentiable: names of the arguments that get a gradient. Empty: the op refuses autograd.
         backward: `(grads, *arguments) -> gradients` in the order of `differentiable`, where `grads`
-            belong to the floating-point outputs. It becomes the op `<name>_backward`.
+            belong to the floating-point outputs: the reference, or cells by backend as above. It
+            becomes the op `<name>_backward`, which asks the same `facts`.
     """
     _library.define(f"{name}({arguments}, str backend) -> {returns}")
-    row = {key: cell if isinstance(cell, Cell) else Cell(cell) for key, cell in cells.items()}
-    OPS[name] = row
+    OPS[name] = row = _row(cells)
     op = getattr(torch.ops.mistral_kernels, name).default
 
     def run(*inputs_and_backend):
@@ -264,8 +264,13 @@ def define(
     if backward is None:
         _library.impl(name, functools.partial(_refuse_autograd, op), "Autograd", with_keyset=True)
     else:
-        _define_backward(name, arguments, differentiable, backward)
+        backward_row = _row(backward if isinstance(backward, dict) else {"reference": backward})
+        _define_backward(name, arguments, differentiable, backward_row, facts)
     return op
+
+
+def _row(cells: dict[str, Cell | Callable]) -> dict[str, Cell]:
+    return {key: cell if isinstance(cell, Cell) else Cell(cell) for key, cell in cells.items()}
 
 
 def _no_gradient(op: str, argument: str) -> RuntimeError:
@@ -288,22 +293,26 @@ def _refuse_autograd(op, keyset, *inputs):
 
 
 def _define_backward(
-    name: str, arguments: str, differentiable: Sequence[str], backward: Callable
+    name: str,
+    arguments: str,
+    differentiable: Sequence[str],
+    row: dict[str, Cell],
+    facts: Callable[..., Facts],
 ) -> None:
     """Registers `<name>_backward`, an op of its own so that it stays opaque to torch.compile."""
     names = [argument.split()[-1] for argument in arguments.split(",")]
     wanted = [names.index(argument) for argument in differentiable]
     backward_name = f"{name}_backward"
     _library.define(f"{backward_name}(Tensor[] grads, {arguments}, str backend) -> Tensor[]")
-    OPS[backward_name] = {"reference": Cell(backward)}
+    OPS[backward_name] = row
     backward_op = getattr(torch.ops.mistral_kernels, backward_name).default
 
     def run(grads, *inputs_and_backend):
         *inputs, backend = inputs_and_backend
         # The forward's backend is a preference here: a cell may lack its backward.
         call = _call_facts(inputs[0].device, inputs[0].dtype)
-        chosen = prefer(backward_name, backend=backend, **call)
-        gradients = OPS[backward_name][chosen].run(grads, *inputs)
+        chosen = prefer(backward_name, facts=facts(*inputs), backend=backend, **call)
+        gradients = row[chosen].run(grads, *inputs)
         return [g.to(inputs[i].dtype).contiguous() for g, i in zip(gradients, wanted, strict=True)]
 
     def fake(grads, *inputs):

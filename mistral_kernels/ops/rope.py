@@ -95,9 +95,30 @@ def _rope_in_place_cpu(q, k, *rest) -> None:
     _rotate_cpu(q, k, *rest, out_q=q, out_k=k)
 
 
+def _rotate_triton(q, k, *rest, **how) -> None:
+    from mistral_kernels.kernels import rope as kernel
+
+    kernel.rope(q, k, *rest, **how)
+
+
+def _rope_triton(q, k, *rest, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    out_q, out_k = q.new_empty(q.shape), k.new_empty(k.shape)
+    _rotate_triton(q, k, *rest, out_q=out_q, out_k=out_k, inverse=inverse)
+    return out_q, out_k
+
+
+def _rope_in_place_triton(q, k, *rest) -> None:
+    _rotate_triton(q, k, *rest, out_q=q, out_k=k)
+
+
 def rope_backward(grads: list[Tensor], q, k, cos, sin, positions, interleaved, q_scale):
     # A rotation's transpose is the rotation by the opposite angle.
     return rope_reference(grads[0], grads[1], cos, -sin, positions, interleaved, q_scale)
+
+
+def _rope_backward_triton(grads: list[Tensor], q, k, *rest) -> tuple[Tensor, Tensor]:
+    d_q, d_k = (grad.contiguous() for grad in grads)  # autograd hands over expanded scalars too
+    return _rope_triton(d_q, d_k, *rest, inverse=True)
 
 
 def check_rope_positions(op: str, positions: Tensor, table: Tensor) -> None:
@@ -121,10 +142,14 @@ _rope = define(
     f"Tensor q, Tensor k, {_ARGUMENTS}",
     "(Tensor, Tensor)",
     fake=lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
-    cells={"reference": rope_reference, "cpu": Cell(_rope_cpu)},
+    cells={
+        "reference": rope_reference,
+        "cpu": Cell(_rope_cpu),
+        "triton": Cell(_rope_triton),
+    },
     check_values=_check_values("rope"),
     differentiable=("q", "k"),
-    backward=rope_backward,
+    backward={"reference": rope_backward, "triton": Cell(_rope_backward_triton)},
 )
 
 _rope_ = define(
@@ -132,7 +157,11 @@ _rope_ = define(
     f"Tensor(a!) q, Tensor(b!) k, {_ARGUMENTS}",
     "()",
     fake=lambda *_: None,
-    cells={"reference": _rope_in_place, "cpu": Cell(_rope_in_place_cpu)},
+    cells={
+        "reference": _rope_in_place,
+        "cpu": Cell(_rope_in_place_cpu),
+        "triton": Cell(_rope_in_place_triton),
+    },
     check_values=_check_values("rope_"),
 )
 

@@ -36,8 +36,13 @@ def _empty_output(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
+def _as_rows(x: Tensor) -> Tensor:
+    """(..., columns) as (tokens, columns), a view wherever the strides allow it."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
 def _silu_mul_cpu(gate_up: Tensor) -> Tensor:
-    rows = gate_up if gate_up.dim() == 2 else gate_up.reshape(-1, gate_up.shape[-1])
+    rows = _as_rows(gate_up)
     tokens, columns = rows.shape
     out = _empty_output(gate_up)
     native_extension().silu_mul_cpu(
@@ -52,14 +57,35 @@ def _silu_mul_cpu(gate_up: Tensor) -> Tensor:
     return out
 
 
+def _silu_mul_triton(gate_up: Tensor) -> Tensor:
+    from mistral_kernels.kernels import silu_mul as kernel
+
+    out = _empty_output(gate_up)
+    kernel.silu_mul(_as_rows(gate_up), _as_rows(out))
+    return out
+
+
+def _silu_mul_backward_triton(grads: list[Tensor], gate_up: Tensor) -> tuple[Tensor]:
+    from mistral_kernels.kernels import silu_mul as kernel
+
+    d_gate_up = gate_up.new_empty(gate_up.shape)
+    grad = grads[0].contiguous()  # autograd hands over expanded scalars too
+    kernel.silu_mul_backward(_as_rows(grad), _as_rows(gate_up), _as_rows(d_gate_up))
+    return (d_gate_up,)
+
+
 _silu_mul = define(
     "silu_mul",
     "Tensor gate_up",
     "Tensor",
     fake=_empty_output,
-    cells={"reference": silu_mul_reference, "cpu": Cell(_silu_mul_cpu)},
+    cells={
+        "reference": silu_mul_reference,
+        "cpu": Cell(_silu_mul_cpu),
+        "triton": Cell(_silu_mul_triton),
+    },
     differentiable=("gate_up",),
-    backward=silu_mul_backward,
+    backward={"reference": silu_mul_backward, "triton": Cell(_silu_mul_backward_triton)},
 )
 
 

@@ -73,6 +73,12 @@ def _store_kv_cpu(
     )
 
 
+def _store_kv_triton(k, v, *rest) -> None:
+    from mistral_kernels.kernels import store_kv as kernel
+
+    kernel.store_kv(k, v, *rest)
+
+
 def _check_values(k, v, k_cache, v_cache, block_table, cu_seqlens, context_lens, *_) -> None:
     check_ragged("store_kv_", cu_seqlens, None, len(k))
     if all_pages_exist(block_table, k_cache):
@@ -88,7 +94,11 @@ _store_kv_ = define(
     " Tensor cu_seqlens, Tensor context_lens, Tensor? k_scale, Tensor? v_scale",
     "()",
     fake=lambda *_: None,
-    cells={"reference": store_kv_reference, "cpu": Cell(_store_kv_cpu)},
+    cells={
+        "reference": store_kv_reference,
+        "cpu": Cell(_store_kv_cpu),
+        "triton": Cell(_store_kv_triton),
+    },
     facts=lambda k, v, k_cache, *_: (("head_dim", k.shape[2]), ("page_size", k_cache.shape[1])),
     check_values=_check_values,
 )
