@@ -17,9 +17,11 @@ import torch
 from mistral_kernels.ops import dispatch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from interpreter import round_bf16_to_nearest
+    from interpreter import multiply_bf16, patch_language_once, round_bf16_to_nearest
 
     round_bf16_to_nearest()
+    multiply_bf16()
+    patch_language_once()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
