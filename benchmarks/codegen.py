@@ -144,12 +144,17 @@ def find_nvcc() -> str | None:
 
 
 def triton_rows(module: ModuleType, folder: Path) -> tuple[list[Row], set[str]]:
-    """The rows of a kernel file, and the kernels in it that its cases leave out."""
+    """The rows of a kernel file, and the kernels in it that its cases leave out.
+
+    A file that holds only functions for other files' kernels has neither.
+    """
     declared = {
         name
         for name, value in vars(module).items()
         if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
     }
+    if not declared:
+        return [], set()
     rows = [
         compile_triton(case, arch, folder) for arch in ARCHS for case in module.codegen_cases(arch)
     ]

