@@ -59,8 +59,6 @@ LINES = (
     Line("`silu_mul`, 2048 x 3584", "silu_mul", "small-2048", "torch"),
     Line("`store_kv_`, 512 x 4 heads of 64", "store_kv_", "small-chunk-512", "torch"),
     Line("`route_experts`, 2048 x 8", "route_experts", "8x7b-2048", "torch"),
-    Line("loading 3 GB, 4 shards", "loading", "dense-3gb", "reading", "0.77"),
-    Line("loading 3 GB, 4 shards", "loading", "dense-3gb", "reading to memory", "0.77"),
 )  # fmt: skip
 
 

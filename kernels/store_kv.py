@@ -10,9 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from mistral_kernels.kernels.cache_elements import as_stored
+
 
 @triton.jit
-def _as_stored(
+def _rounded(
     x,  # (BLOCK_HEADS, BLOCK_DIM)
     cache_ptr,  # its element type says how: int8, uint8 for the bytes of e4m3fn, or x's own
     scale_ptr,  # (1,) or (kv_heads,) fp32
@@ -25,26 +27,11 @@ def _as_stored(
         out = x
     else:
         scale = tl.load(scale_ptr + offs_head * stride_scale, mask=mask_head, other=1.0)
-        value = tl.div_rn(x.to(tl.float32), scale)  # as IEEE divides: half-way cases depend on it
         if stored == tl.int8:
-            limited = tl.minimum(tl.maximum(value, -128.0), 127.0)
-            # Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits.
-            out = (limited + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+            out = as_stored(x.to(tl.float32), scale, "int8")
         else:
-            # By bits, because sm_80 has no conversion to e4m3 and sm_89's goes through fp16, which
-            # rounds twice.
             tl.static_assert(stored == tl.uint8)
-            bits = value.to(tl.int32, bitcast=True)
-            magnitude = bits & 0x7FFFFFFF
-            limited = tl.minimum(magnitude, 0x43E00000)  # 448, the largest number
-            # Normal numbers: change the bias by 120 and round to nearest even.
-            normal = (limited - (120 << 23) + 0x7FFFF + ((limited >> 20) & 1)) >> 20
-            # Subnormal ones: 2^14 has units of 2^-9 like them, so the addition rounds for us.
-            shifted = limited.to(tl.float32, bitcast=True) + 16384.0
-            subnormal = shifted.to(tl.int32, bitcast=True) - 0x46800000
-            finite = tl.where(limited < 0x3C800000, subnormal, normal)  # below 2^-6
-            code = tl.where(magnitude > 0x7F800000, 0x7F, finite)  # NaN
-            out = (((bits >> 24) & 0x80) | code).to(tl.uint8)
+            out = as_stored(x.to(tl.float32), scale, "fp8")
     return out
 
 
@@ -113,8 +100,8 @@ def store_kv_kernel(
     row = (slot % page_size).to(tl.int64)  # page and row times a stride may pass 2^31
     mask = mask & kept & (page >= 0)
 
-    k = _as_stored(k, k_cache_ptr, k_scale_ptr, offs_head, mask_head, stride_k_scale)
-    v = _as_stored(v, v_cache_ptr, v_scale_ptr, offs_head, mask_head, stride_v_scale)
+    k = _rounded(k, k_cache_ptr, k_scale_ptr, offs_head, mask_head, stride_k_scale)
+    v = _rounded(v, v_cache_ptr, v_scale_ptr, offs_head, mask_head, stride_v_scale)
     k_slot = k_cache_ptr + page * stride_k_cache_page + row * stride_k_cache_row
     v_slot = v_cache_ptr + page * stride_v_cache_page + row * stride_v_cache_row
     tl.store(k_slot + offs_head * stride_k_cache_head + offs_dim, k, mask=mask)
