@@ -95,7 +95,6 @@ def test_loading(bench, folder, shape, dtype):
         kept = [path.read_bytes() for path in files]
         return torch.tensor(len(kept))
 
-    nbytes = Checkpoint(folder, config).nbytes
     peers = {"reading": read, "reading to memory": read_to_memory}
-    work = Work(bytes=2 * nbytes, flops=0, writes=True)
+    work = Work(bytes=2 * Checkpoint(folder, config).nbytes, flops=0, writes=True)
     bench(load, tuple, work, peers, compare=False, rounds=ROUNDS)

@@ -88,10 +88,11 @@ def collect_checkpoint(folder: str | Path, layout: Layout | None = None) -> dict
         config = ModelConfig.from_folder(folder, layout)
         checkpoint = Checkpoint(folder, config, layout)
         config, dtype = checkpoint.config, checkpoint.dtype
+    except FileNotFoundError as error:
+        of_hub = folder != asked and not files
+        problem = f"{'before its weights are downloaded, as loading does: ' * of_hub}{error}"
     except (ValueError, OSError) as error:
         problem = str(error)
-        if config is not None and not files and folder != asked:
-            problem = f"before its weights are downloaded, which loading does: {problem}"
     tokenizer = _tokenizer_facts(folder, config)
     chat_model = tokenizer["chat_template"] or is_chat_name(facts["name"])
     facts |= {"problem": problem, "tokenizer": tokenizer, "chat_model": chat_model}

@@ -92,7 +92,7 @@ def test_info_downloads_no_weights(hub):
     facts = collect_checkpoint(NAME)
     assert hub.sent() == {"params.json", TOKENIZER}
     assert (facts["name"], facts["files"]) == (NAME, {})
-    assert facts["problem"].startswith("before its weights are downloaded, which loading does: ")
+    assert facts["problem"].startswith("before its weights are downloaded, as loading does: ")
 
 
 def test_what_is_not_supported_is_not_downloaded(hub):
@@ -146,6 +146,11 @@ def test_an_incomplete_cache_offline_names_the_file(hub, cache, monkeypatch, fil
         assert part in str(caught.value)
     assert lost.replace("2-of", "1-of") not in str(caught.value)
     assert not hub.requests
+    config = {"native": "params.json", "huggingface": "config.json"}[layout]
+    for name in files - {config}:
+        (snapshot / name).unlink(missing_ok=True)
+    with pytest.raises(DownloadError, match=r"lack (consolidated|model).safetensors\."):
+        resolve_folder(NAME)
     other = {"native": "huggingface", "huggingface": "native"}[layout]
     with pytest.raises(DownloadError, match="lack (params|config).json, (consolidated|model)"):
         resolve_folder(NAME, layout=other)

@@ -128,7 +128,8 @@ def _names(folder: Path | None) -> set[str]:
 def _missing(snapshot: Path | None, model: Model) -> list[str]:
     """Files that a snapshot lacks, for the layout that it will be read in."""
     names = _names(snapshot)
-    layout = LAYOUTS[model.layout or _begun(names) or "native"]
+    configured = next((name for name, files in LAYOUTS.items() if files.config in names), "native")
+    layout = LAYOUTS[model.layout or _begun(names) or configured]
     if not model.weights:
         configs = [layout.config] if model.layout else [w.config for w in LAYOUTS.values()]
         return [] if names & set(configs) else [" or ".join(configs)]
