@@ -107,11 +107,45 @@ def _rms_norm_triton(x, residual, weight, eps):
     return normed if summed is None else (normed, summed)
 
 
+def _add_rms_norm_backward_triton(grads, x, residual, weight, eps) -> tuple[Tensor, ...]:
+    from mistral_kernels.kernels import rms_norm_backward as kernel
+
+    d_x, d_weight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+    d_residual = None if residual is None else x.new_empty(x.shape)
+    grads = [_as_rows(grad.contiguous()) for grad in grads]  # autograd may hand over any strides
+    kernel.rms_norm_backward(
+        grads[0],
+        None if residual is None else grads[1],
+        _as_rows(x),
+        None if residual is None else _as_rows(residual),
+        weight,
+        _as_rows(d_x),
+        None if d_residual is None else _as_rows(d_residual),
+        d_weight,
+        eps,
+    )
+    return (d_x, d_weight) if d_residual is None else (d_x, d_residual, d_weight)
+
+
+def _rms_norm_backward_triton(grads, x, weight, eps) -> tuple[Tensor, ...]:
+    return _add_rms_norm_backward_triton(grads, x, None, weight, eps)
+
+
+def _too_wide(facts: dict[str, int], largest: int) -> str | None:
+    hidden = facts.get("hidden", 0)
+    return None if hidden <= largest else f"it takes hidden up to {largest}, got {hidden}"
+
+
 def _triton_refuses(facts: dict[str, int]) -> str | None:
     from mistral_kernels.kernels.rms_norm import MAX_HIDDEN
 
-    hidden = facts.get("hidden", 0)
-    return None if hidden <= MAX_HIDDEN else f"it takes hidden up to {MAX_HIDDEN}, got {hidden}"
+    return _too_wide(facts, MAX_HIDDEN)
+
+
+def _backward_triton_refuses(facts: dict[str, int]) -> str | None:
+    from mistral_kernels.kernels.rms_norm_backward import MAX_HIDDEN
+
+    return _too_wide(facts, MAX_HIDDEN)
 
 
 _rms_norm = define(
@@ -129,7 +163,10 @@ _rms_norm = define(
     },
     facts=lambda x, weight, eps: (("hidden", x.shape[-1]),),
     differentiable=("x", "weight"),
-    backward=rms_norm_backward,
+    backward={
+        "reference": rms_norm_backward,
+        "triton": Cell(_rms_norm_backward_triton, refuses=_backward_triton_refuses),
+    },
 )
 
 _add_rms_norm = define(
@@ -145,7 +182,10 @@ _add_rms_norm = define(
     },
     facts=lambda x, residual, weight, eps: (("hidden", x.shape[-1]),),
     differentiable=("x", "residual", "weight"),
-    backward=add_rms_norm_backward,
+    backward={
+        "reference": add_rms_norm_backward,
+        "triton": Cell(_add_rms_norm_backward_triton, refuses=_backward_triton_refuses),
+    },
 )
 
 
