@@ -68,13 +68,9 @@ def test_every_benchmark_has_its_op():
 
 
 def test_nothing_in_kernels_or_csrc_is_without_its_op():
-<<<<<<< HEAD
-    assert {path.stem for path in sources("kernels", "py")} <= set(OPS) | SHARED_KERNELS
-=======
     # An op's backward is an op of its own, and may have a file of its own.
-    backward = {f"{op}_backward" for op in OPS}
-    assert {path.stem for path in sources("kernels", "py")} <= set(OPS) | backward
->>>>>>> w-t1
+    known = {*OPS, *(f"{op}_backward" for op in OPS), *SHARED_KERNELS}
+    assert {path.stem for path in sources("kernels", "py")} <= known
     assert {path.stem for path in sources("csrc/cpu", "cpp")} <= set(OPS)
     kernels = [path for path in sources("csrc/cuda", "cu") if "__global__" in path.read_text()]
     assert {path.stem for path in kernels} <= set(OPS)
