@@ -80,7 +80,7 @@ def expert_up_kernel(
     column = tl.minimum(pid_n * half + offs_b // 2, ffn_dim - 1)
     b_rows = w13_ptr + expert.to(tl.int64) * stride_w13_expert
     b_rows += (column + offs_b % 2 * ffn_dim).to(tl.int64) * stride_w13_row
-    gate_up = products(a_rows, b_rows, 0, hidden, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    gate_up = products(a_rows, mask_m, b_rows, 0, hidden, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
 
     gate, up = tl.split(tl.reshape(gate_up, (BLOCK_M, half, 2)))
     inner = gate * tl.sigmoid(gate) * up
@@ -143,7 +143,7 @@ def expert_down_kernel(
     column = tl.minimum(offs_n, hidden - 1)
     b_rows = w2_ptr + expert.to(tl.int64) * stride_w2_expert
     b_rows += column.to(tl.int64) * stride_w2_row
-    total = products(a_rows, b_rows, begin, end, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    total = products(a_rows, mask_m, b_rows, begin, end, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
 
     if FEW:
         row += tl.program_id(2) * experts * tokens

@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mistral_kernels.kernels.matrix_product import tile_place
+
 
 @triton.jit
 def expert_plan_kernel(
@@ -81,7 +83,7 @@ def tile_rows(
     """This program's expert (-1: it has nothing to do), rows, which of them count, column tile.
 
     A row is one of the plan, or with FEW expert * tokens + token. Rows behind the last are the last
-    once more, so that loads need no mask.
+    once more, so that what is looked up for a row needs no mask.
     """
     offs = tl.arange(0, BLOCK_M)
     if FEW:
@@ -108,11 +110,7 @@ def planned_tile(
     GROUP_M: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """Expert (-1: no tile is left), its first row in the tile, its last row, the column tile.
-
-    Programs walk GROUP_M row tiles down before they go one column tile on: those run at the same
-    time, so a tile of weights is read from memory once and shared in L2.
-    """
+    """Expert (-1: no tile is left), its first row in the tile, its last row, the column tile."""
     offs = tl.arange(0, EXPERTS)
     begin = tl.load(starts_ptr + offs, mask=offs < experts, other=0)
     end = tl.load(starts_ptr + offs + 1, mask=offs < experts, other=0)
@@ -121,10 +119,7 @@ def planned_tile(
     tiles_m = tl.sum(tiles)
 
     pid = tl.program_id(0)
-    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
-    height = tl.maximum(tl.minimum(tiles_m - first_m, GROUP_M), 1)
-    pid_m = first_m + pid % (GROUP_M * tiles_n) % height
-    pid_n = pid % (GROUP_M * tiles_n) // height
+    pid_m, pid_n = tile_place(pid, tiles_m, tiles_n, GROUP_M)
 
     expert = tl.sum((ends <= pid_m).to(tl.int32))
     own = offs == expert

@@ -1,4 +1,4 @@
-"""The inner loop of every product with weights that are stored as (out, in), summed in fp32."""
+"""What every product with weights that are stored as (out, in) shares: its loop and its tiles."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,8 @@ SHARED_BYTES |= dict.fromkeys([(9, 0), (10, 0), (10, 3)], 227 << 10)
 @triton.jit
 def products(
     a_rows,  # (BLOCK_M,) pointers to rows of k
-    b_rows,  # (BLOCK_N,) pointers to rows of k
+    mask_m,  # (BLOCK_M,) which of them count: the others are not read, and their products are 0
+    b_rows,  # (BLOCK_N,) pointers to rows of k, all of them read
     begin,
     end,
     EVEN_K: tl.constexpr,  # BLOCK_K divides end - begin
@@ -26,12 +27,26 @@ def products(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(begin, end, BLOCK_K):
         if EVEN_K:
-            a, b = tl.load(a_ptrs), tl.load(b_ptrs)
+            a = tl.load(a_ptrs, mask=mask_m[:, None], other=0.0)
+            b = tl.load(b_ptrs)
         else:
             mask_k = k + tl.arange(0, BLOCK_K) < end
-            a = tl.load(a_ptrs, mask=mask_k[None, :], other=0.0)
+            a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=mask_k[:, None], other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K
     return total
+
+
+@triton.jit
+def tile_place(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row tile and column tile of a program; behind the last tile, a row tile behind the last.
+
+    Programs walk GROUP_M row tiles down before they go one column tile on: those run at the same
+    time, so a tile of weights is read from memory once and shared in L2.
+    """
+    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
+    height = tl.maximum(tl.minimum(tiles_m - first_m, GROUP_M), 1)
+    pid_m = first_m + pid % (GROUP_M * tiles_n) % height
+    return pid_m, pid % (GROUP_M * tiles_n) // height

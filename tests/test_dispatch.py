@@ -134,6 +134,20 @@ def test_a_cell_can_refuse_by_facts(installed, monkeypatch):
         dispatch.choose("rms_norm", **CPU, facts=(("hidden", 9),), backend="cpu")
 
 
+@pytest.mark.parametrize("batch_invariant", [0, 1])
+def test_linear_on_a_gpu_is_torch_s_unless_its_bits_must_not_depend_on_the_batch(
+    batch_invariant, installed
+):
+    installed("triton", "cuda")
+    call = {**H100, "facts": (("batch_invariant", batch_invariant),)}
+    expected = "triton" if batch_invariant else "reference"
+    assert dispatch.choose("linear", **call) == expected
+    assert dispatch.prefer("linear", **call, backend="cuda") == expected
+    assert dispatch.choose("linear", **call, backend="triton") == "triton"
+    installed("cuda")
+    assert dispatch.choose("linear", **call) == "reference"
+
+
 def test_reference_is_always_available():
     assert dispatch.unavailable("reference") is None
     for backend in dispatch.BACKENDS:

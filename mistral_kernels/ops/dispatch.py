@@ -3,7 +3,7 @@
 An op is one row: a schema, a fake, a `reference` cell, and whatever `cpu`, `triton` and `cuda`
 cells exist. `define` registers the row as `torch.ops.mistral_kernels.<name>`; `choose` is the pure
 function that picks the cell. Nothing falls back silently: a backend asked for by name that cannot
-serve is an error, and `auto` takes the first of `AUTO_ORDER` that can.
+serve is an error, and `auto` takes the first of `AUTO_ORDER` that can and should (`Cell.auto`).
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ class Cell(NamedTuple):
     """One implementation of one op, and what it can serve.
 
     `run` takes the op's arguments without `backend`. `refuses(facts)` returns why small numbers
-    such as head_dim or page_size are out of its reach, or None.
+    such as head_dim or page_size are out of its reach, or None. `auto(facts)` tells whether
+    backend "auto" takes it where it can serve: False where no measurement speaks for it.
     """
 
     run: Callable
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
     min_capability: tuple[int, int] = (8, 0)
     refuses: Callable[[dict[str, int]], str | None] = lambda facts: None
+    auto: Callable[[dict[str, int]], bool] = lambda facts: True
 
 
 OPS: dict[str, dict[str, Cell]] = {}
@@ -154,7 +156,8 @@ def choose(
         raise ValueError(f"choose: op must be one of {', '.join(OPS)}, got {op!r}")
     if backend == "auto":
         for name in AUTO_ORDER.get(device_type, ("reference",)):
-            if _refusal(op, name, device_type, capability, dtype, facts) is None:
+            refused = _refusal(op, name, device_type, capability, dtype, facts)
+            if refused is None and OPS[op][name].auto(dict(facts)):
                 return name
         return "reference"
     if backend not in BACKENDS:
