@@ -13,6 +13,7 @@ block that counts last reads them past L1 and adds them up, oldest split first.
 import functools
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -28,6 +29,11 @@ class Plan(NamedTuple):
     tiles_at_least: int  # of a split
 
 
+def shortest_split(slots: int | None) -> int:
+    """Keys that are worth a block of their own; `slots` as for `plan`."""
+    return 256 if slots is None else 128
+
+
 @functools.cache
 def plan(pairs: int, width: int, block_n: int, slots: int | None) -> Plan:
     """Cuts `width` keys for `pairs` = batch * kv_heads on a GPU that runs `slots` blocks at once.
@@ -35,8 +41,9 @@ def plan(pairs: int, width: int, block_n: int, slots: int | None) -> Plan:
     The cut of a sequence depends on its own keys and on `most_splits` only: on `slots` None, which
     is batch_invariant, on nothing else. Splits of 256 keys then, longer beyond 64 of them.
     """
+    at_least = max(shortest_split(slots) // block_n, 1)
     if slots is None:
-        most_splits, at_least = MAX_SPLITS, max(256 // block_n, 1)
+        most_splits = MAX_SPLITS
     else:
 
         def busy(splits: int) -> float:
@@ -45,7 +52,6 @@ def plan(pairs: int, width: int, block_n: int, slots: int | None) -> Plan:
 
         # One full wave for few pairs; for many what leaves the last wave fullest, at most 4 splits.
         most_splits = max(range(1, min(max(slots // pairs, 4), MAX_SPLITS) + 1), key=busy)
-        at_least = max(128 // block_n, 1)
     most_tiles = triton.cdiv(width, block_n) + 1  # the window need not begin at a tile
     return Plan(min(most_splits, triton.cdiv(most_tiles, at_least)), most_splits, at_least)
 
@@ -64,6 +70,44 @@ def workspace_bytes(pairs: int, splits: int, group: int, head_dim: int) -> int:
     partials = 4 * pairs * splits * group * (head_dim + 2)
     counters = 4 * pairs + 16  # the share is cut to a multiple of 16
     return max(counters * SHARE, triton.cdiv(partials * SHARE, SHARE - 1))
+
+
+def enough_workspace(pairs: int, group: int, head_dim: int, width: int, slots: int | None) -> int:
+    """Bytes of workspace for every call of up to `pairs` pairs and `width` keys in tiles up to 64.
+
+    A kernel may work a group in parts of up to 8 heads, all of one size.
+    """
+    heads = triton.next_power_of_2(group)  # no less than all parts have
+    splits = min(triton.cdiv(width, shortest_split(slots)) + 1, MAX_SPLITS)
+    blocks = pairs * splits if slots is None else min(pairs * splits, max(slots, 4 * pairs))
+    counters = workspace_bytes(pairs * heads, 0, group, head_dim)
+    return max(counters, workspace_bytes(1, blocks, heads, head_dim))
+
+
+def workspace_for(
+    q: torch.Tensor,
+    workspace: torch.Tensor | None,
+    pairs: int,
+    cut: Plan,
+    group: int,
+    head_dim: int,
+) -> torch.Tensor | None:
+    """The caller's workspace, a new one where there is none, or None if `cut` has one split only.
+
+    Raises:
+        ValueError: workspace is too small.
+    """
+    if cut.splits == 1:
+        return None
+    needed = workspace_bytes(pairs, cut.splits, group, head_dim)
+    if workspace is None:
+        return q.new_zeros(needed, dtype=torch.uint8)
+    if workspace.numel() < needed:
+        raise ValueError(
+            f"decode_attention: workspace must have at least {needed} bytes for this call,"
+            f" got {workspace.numel()}"
+        )
+    return workspace
 
 
 @triton.jit

@@ -52,6 +52,11 @@ def test_capacity(window, max_tokens, lookahead, page_size, capacity):
         assert sorted(layer.block_table.flatten().tolist()) == list(range(len(layer.k)))
 
 
+def test_the_cpu_needs_no_workspace():
+    for backend in ("auto", "reference"):
+        assert {layer.workspace for layer in new_cache(2, backend=backend).layers} == {None}
+
+
 def test_a_prompt_longer_than_the_cache_changes_nothing():
     model = random_model(windows=(4, None))
     cache = model.new_cache(2, 8)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.ops.checks import is_int
+from mistral_kernels.ops.decode_attention import decode_attention_workspace_bytes
 
 PAGE_ALIGNMENT = 16  # a page is a multiple of the kernels' smallest key tile
 MOST_TOKENS = 2**31 - 1  # positions are int32
@@ -26,6 +27,7 @@ class LayerCache(NamedTuple):
     v: Tensor  # the same
     block_table: Tensor  # (batch, pages_per_seq), int32
     window: int | None
+    workspace: Tensor | None = None  # of decode_attention; all layers share it: they run in turn
 
     @property
     def capacity(self) -> int:
@@ -43,6 +45,8 @@ class KVCache:
             stored before they are attended.
         page_size: slots a page, a multiple of 16 for the kernels; None: one page a sequence.
         device, dtype: where and as what keys and values are stored.
+        backend: what serves decode_attention, which may want a workspace. With one, the steps of a
+            cache belong on one stream.
 
     Attributes:
         lengths: tokens of each sequence so far; the next one gets this position. A step that is
@@ -64,6 +68,7 @@ class KVCache:
         page_size: int | None = None,
         device: torch.device,
         dtype: torch.dtype,
+        backend: str = "auto",
     ):
         sizes = {"batch": (batch, 0), "max_tokens": (max_tokens, 1), "lookahead": (lookahead, 0)}
         sizes |= {} if page_size is None else {"page_size": (page_size, 1)}
@@ -79,9 +84,22 @@ class KVCache:
         self.lengths = [0] * batch
         self.starts = [0] * batch
         self._written = [0] * batch  # highest length reached: slots up to it were overwritten
-        self.layers = [
+        layers = [
             self._new_layer(config, window, page_size, device, dtype) for window in config.windows
         ]
+        workspace = self._new_workspace(layers, backend)
+        self.layers = [layer._replace(workspace=workspace) for layer in layers]
+
+    def _new_workspace(self, layers: list[LayerCache], backend: str) -> Tensor | None:
+        """The workspace of any layer's decode_attention, None if `backend` needs none."""
+        how = {"q_heads": self.config.q_heads, "dtype": self.dtype, "backend": backend}
+        sizes = [
+            decode_attention_workspace_bytes(layer.k, layer.block_table, window=layer.window, **how)
+            for layer in layers
+        ]
+        with torch.inference_mode(False):  # as for the layers
+            size = max(sizes, default=0)
+            return torch.zeros(size, dtype=torch.uint8, device=self.device) if size else None
 
     def _new_layer(self, config, window, page_size, device, dtype) -> LayerCache:
         slots = self.max_tokens

@@ -83,7 +83,7 @@ class Attention(nn.Module):
             tables.q_scale,
             self.scale,
             *NOT_QUANTISED,
-            None,  # workspace
+            layer_cache.workspace,
             BATCH_INVARIANT,
         )
         return out

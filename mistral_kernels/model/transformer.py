@@ -239,6 +239,7 @@ class Transformer(SavableModule):
             page_size=page_size,
             device=self.device,
             dtype=self.dtype,
+            backend=self.backends["decode_attention"],
         )
         self.rope_tables(max_tokens)  # grown now, so that no step has to
         return cache

@@ -19,7 +19,9 @@ from mistral_kernels.ops.dispatch import (
     address,
     cpu_queue,
     define,
+    device_capability,
     native_extension,
+    prefer,
 )
 from mistral_kernels.ops.masked_attention import empty_outputs, masked_attention
 from mistral_kernels.ops.ring import (
@@ -226,7 +228,8 @@ def decode_attention(
         scale: factor of q . k; None for head_dim ** -0.5.
         k_scale, v_scale: (1,) or (kv_heads,), float32, of a quantised cache.
         workspace: (bytes,), uint8, zeroed once, for the calls of one stream, of any sizes in turn;
-            one that is too small is refused with the bytes wanted. None: the op makes its own.
+            one that is too small is refused with the bytes wanted. None: the op makes its own. See
+            `decode_attention_workspace_bytes`.
         batch_invariant: a sequence's bits do not depend on its neighbours in the batch.
         backend: "auto" or a backend's name.
 
@@ -266,3 +269,47 @@ def decode_attention(
         q, k, v, k_cache, v_cache, block_table, positions, cos, sin, interleaved, window, starts,
         q_scale, scale, k_scale, v_scale, workspace, batch_invariant, backend,
     )  # fmt: skip
+
+
+def decode_attention_workspace_bytes(
+    k_cache: Tensor,
+    block_table: Tensor,
+    *,
+    q_heads: int,
+    window: int | None,
+    dtype: torch.dtype,
+    batch_invariant: bool = False,
+    backend: str = "auto",
+) -> int:
+    """How large a workspace serves every `decode_attention` on one cache, of any of its sequences.
+
+    Args:
+        k_cache, block_table, window: as for `decode_attention`.
+        q_heads: heads of q.
+        dtype: q's.
+        batch_invariant: as for `decode_attention`.
+        backend: "auto" or a backend's name, which is a preference here.
+
+    Returns:
+        Bytes; 0 if the backend that will serve needs none. The largest number of several caches is
+        enough for calls on all of them in turn.
+    """
+    batch, pages_per_seq = block_table.shape
+    _, page_size, kv_heads, head_dim = k_cache.shape
+    group, device = q_heads // kv_heads, k_cache.device
+    served_by = prefer(
+        "decode_attention",
+        device_type=device.type,
+        capability=device_capability(device),
+        dtype=dtype,
+        facts=(("head_dim", head_dim), ("group", group), ("page_size", page_size)),
+        backend=backend,
+    )
+    if served_by in ("reference", "cpu"):
+        return 0
+    from mistral_kernels.kernels import decode_attention as kernel
+
+    capacity = pages_per_seq * page_size
+    width = capacity if window is None else min(window, capacity)
+    sizes = batch * kv_heads, group, head_dim, width
+    return kernel.largest_workspace(*sizes, device, batch_invariant)
