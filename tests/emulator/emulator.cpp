@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -27,11 +28,23 @@ constexpr size_t kMaxSharedBytes = 227 * 1024;  // of one block on sm_90
 
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kReturned };
 
+struct Copy {
+  void* shared;
+  const void* global;
+  size_t bytes;
+  bool keep;
+  int group;
+};
+
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   ucontext_t context;
   State state;
-  unsigned warp_mask;  // of the warp barrier it waits at
+  unsigned warp_mask;   // of the warp barrier it waits at
+  Operation operation;  // of that barrier, and what this lane brings to it
+  Lane lane;
+  std::vector<Copy> copies;  // not yet waited for, oldest first
+  int open_group;
   uint3 index;
   void* fake_stack = nullptr;
 };
@@ -41,7 +54,6 @@ std::vector<Fiber> fibers;  // of the block that runs; the stacks are kept for t
 Fiber* running;
 const std::function<void()>* thread_body;
 std::exception_ptr failure;
-uint64_t slots[kMaxThreads];
 alignas(128) char shared_bytes[kMaxSharedBytes];
 
 int running_index() { return static_cast<int>(running - fibers.data()); }
@@ -77,6 +89,8 @@ void start_block(int threads) {
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     fiber.state = State::kReady;
+    fiber.copies.clear();
+    fiber.open_group = 0;
     const unsigned row = i / blockDim.x;
     fiber.index = {i % blockDim.x, row % blockDim.y, row / blockDim.y};
     sanitizer::forget_frames(fiber.stack.get(), kStackBytes);
@@ -101,6 +115,22 @@ bool warp_barrier_complete(int index, int threads) {
   return true;
 }
 
+// Runs the operation of a complete warp barrier once for all its lanes.
+void run_operation(int index) {
+  const unsigned mask = fibers[index].warp_mask;
+  const Operation operation = fibers[index].operation;
+  const int first = index / kWarpThreads * kWarpThreads;
+  Lane lanes[kWarpThreads] = {};
+  for (int lane = 0; lane < kWarpThreads; ++lane) {
+    if (!(mask >> lane & 1u)) continue;
+    if (fibers[first + lane].operation != operation) {
+      throw std::runtime_error("emulator: lanes of a warp at different operations");
+    }
+    lanes[lane] = fibers[first + lane].lane;
+  }
+  if (operation) operation(lanes, mask);
+}
+
 void release_barriers(int threads) {
   bool all_at_block_barrier = true;
   for (int i = 0; i < threads; ++i) {
@@ -111,7 +141,10 @@ void release_barriers(int threads) {
   for (int i = 0; i < threads; ++i) {
     const State state = fibers[i].state;
     if (state == State::kAtBlockBarrier && all_at_block_barrier) released.push_back(i);
-    if (state == State::kAtWarpBarrier && warp_barrier_complete(i, threads)) released.push_back(i);
+    if (state != State::kAtWarpBarrier || !warp_barrier_complete(i, threads)) continue;
+    const unsigned below = (1u << (i % kWarpThreads)) - 1;
+    if (!(fibers[i].warp_mask & below)) run_operation(i);  // its first lane
+    released.push_back(i);
   }
   for (int i : released) fibers[i].state = State::kReady;
 }
@@ -139,17 +172,45 @@ void run_block(int threads) {
 
 void sync_block() { wait(State::kAtBlockBarrier); }
 
-void sync_warp(unsigned mask) {
+void sync_warp(unsigned mask) { collective(mask, nullptr, nullptr, nullptr); }
+
+void collective(unsigned mask, const void* input, void* output, Operation operation) {
   require_lane(mask, lane());
   running->warp_mask = mask;
+  running->operation = operation;
+  running->lane = {input, output};
   wait(State::kAtWarpBarrier);
+}
+
+void yield() {}
+
+void require_aligned(const void* address, size_t bytes, const char* instruction) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  throw std::runtime_error(std::string("emulator: a misaligned address of ") + instruction);
+}
+
+void start_copy(void* shared, const void* global, size_t bytes, bool keep) {
+  require_aligned(shared, bytes, "cp.async");
+  require_aligned(global, bytes, "cp.async");
+  std::memset(shared, 0xff, bytes);
+  running->copies.push_back({shared, global, bytes, keep, running->open_group});
+}
+
+void commit_copies() { ++running->open_group; }
+
+void wait_copies(int pending) {
+  std::vector<Copy>& copies = running->copies;
+  auto next = copies.begin();
+  for (; next != copies.end() && next->group < running->open_group - pending; ++next) {
+    if (next->keep) std::memcpy(next->shared, next->global, next->bytes);
+    if (!next->keep) std::memset(next->shared, 0, next->bytes);
+  }
+  copies.erase(copies.begin(), next);
 }
 
 int lane() { return running_index() % kWarpThreads; }
 
 void* dynamic_shared() { return shared_bytes; }
-
-uint64_t* warp_slots() { return slots + running_index() / kWarpThreads * kWarpThreads; }
 
 void require_lane(unsigned mask, int source) {
   if (source < 0 || source >= kWarpThreads || !(mask >> source & 1u)) {
@@ -194,6 +255,9 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+
+// Kernels that want more than 48 KB of dynamic shared memory say so first.
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 
 const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {

@@ -22,21 +22,52 @@ cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void(
 void sync_block();
 void sync_warp(unsigned mask);
 
+// Lets other threads run, where the order allows it: called before whatever other blocks may see.
+void yield();
+
+// What one lane brings to a collective operation, and where its result goes.
+struct Lane {
+  const void* input;
+  void* output;
+};
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// All lanes of `mask` call it with the same `operation`, which the last to arrive runs for all of
+// them; `lanes` has 32 entries, those outside of the mask null. Throws where they call different
+// ones.
+using Operation = void (*)(const Lane* lanes, unsigned mask);
+void collective(unsigned mask, const void* input, void* output, Operation operation);
+
 int lane();                                    // of the thread that runs
-void* dynamic_shared();                        // config.dynamicSmemBytes bytes
-uint64_t* warp_slots();                        // one a lane, for shuffles
 void require_lane(unsigned mask, int source);  // throws if the lane takes no part
+void require_aligned(const void* address, size_t bytes, const char* instruction);
+
+// Dynamic shared memory of the block, config.dynamicSmemBytes bytes.
+void* dynamic_shared();
+
+// Copies to shared memory that are made when their group is waited for, oldest group first.
+void start_copy(void* shared, const void* global, size_t bytes, bool keep);
+void commit_copies();
+void wait_copies(int pending);
 
 // The value that lane `source` passed to the same call.
 template <typename T>
 T exchange(unsigned mask, T value, int source) {
-  static_assert(sizeof(T) <= sizeof(uint64_t), "shuffles move up to 64 bits");
+  struct Sent {
+    T value;
+    int source;
+  };
   require_lane(mask, source);
-  std::memcpy(&warp_slots()[lane()], &value, sizeof(T));
-  sync_warp(mask);
+  const Sent sent{value, source};
   T received;
-  std::memcpy(&received, &warp_slots()[source], sizeof(T));
-  sync_warp(mask);  // no lane may write its next value before all have read this one
+  collective(mask, &sent, &received, [](const Lane* lanes, unsigned members) {
+    for (int lane = 0; lane < 32; ++lane) {
+      if (!(members >> lane & 1u)) continue;
+      const int from = static_cast<const Sent*>(lanes[lane].input)->source;
+      *static_cast<T*>(lanes[lane].output) = static_cast<const Sent*>(lanes[from].input)->value;
+    }
+  });
   return received;
 }
 
