@@ -1,13 +1,13 @@
 """Builds the shipped .cu files for the host: g++ instead of nvcc, fibers instead of a GPU."""
 
-import atexit
+import fcntl
+import hashlib
 import importlib.machinery
 import importlib.util
 import os
 import shutil
 import subprocess
 import sysconfig
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,11 @@ import pybind11
 
 EMULATOR = Path(__file__).parent
 CSRC = EMULATOR.parent.parent / "csrc"
+# What is built is kept, and shared with the other processes of a test run.
+BUILD = EMULATOR.parent.parent / "build" / "emulator"
 FLAGS = "-g -std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wno-attributes".split()
+# The assembler does not like the type of the sections of __shared__ variables in templates.
+FLAGS += ["-Wa,--no-warn"]
 # Whatever reads or writes where it should not ends the process.
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # A library built elsewhere, for the run under sanitizers (test_rms_norm_emulated.py).
@@ -38,36 +42,48 @@ def missing() -> str | None:
 
 
 @cache
-def build_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="emulator-"))
-    atexit.register(shutil.rmtree, folder)
-    return folder
+def headers() -> bytes:
+    """All that the sources might include from this repository."""
+    files = [*CSRC.rglob("*.*h"), *EMULATOR.rglob("*.*h")]
+    return b"".join(path.read_bytes() for path in sorted(files))
+
+
+def once(folder: Path, kind: str, command: list, content: bytes) -> Path:
+    """Runs `command -o FILE` unless that was done before with the same command and content, here
+    or by another process; returns the file."""
+    digest = hashlib.sha256(repr([*map(str, command)]).encode() + content).hexdigest()[:20]
+    target = BUILD / folder / f"{digest}{kind}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            unfinished = target.with_suffix(".part")
+            subprocess.run([*command, "-o", unfinished], check=True)
+            unfinished.rename(target)
+    return target
 
 
 @cache
 def compile_object(source: Path, sanitize: bool) -> Path:
-    target = build_folder() / f"{source.name}{'.asan' if sanitize else ''}.o"
     ours = [EMULATOR / "include", CSRC]
     others = [pybind11.get_include(), sysconfig.get_path("include"), toolkit_include()]
     command = ["g++", *FLAGS, *(["-O1", *SANITIZERS] if sanitize else ["-O2"])]
     command += [f"-I{path}" for path in ours] + [f"-isystem{path}" for path in others]
     command += ['-DMISTRAL_KERNELS_CUDA="emulator"', "-DMISTRAL_KERNELS_PATHS(...)="]
-    subprocess.run([*command, "-x", "c++", "-c", source, "-o", target], check=True)
-    return target
+    command += ["-x", "c++", "-c", source]
+    return once(Path(source.stem), ".o", command, source.read_bytes() + headers())
 
 
 @cache
 def build(name: str, *sources: Path, sanitize: bool = False) -> Path:
     """Compiles `sources` and the emulator into the Python extension `name`; returns its file."""
-    sources = (*sources, EMULATOR / "emulator.cpp")
+    sources = (*sources, *sorted(EMULATOR.glob("*.cpp")))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_object, sources, [sanitize] * len(sources)))
-    folder = build_folder() / ("asan" if sanitize else "plain")
-    folder.mkdir(exist_ok=True)
-    target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    flags = SANITIZERS if sanitize else []
-    subprocess.run(["g++", *flags, "-shared", *objects, "-o", target], check=True)
-    return target
+    script = EMULATOR / "shared_memory.ld"
+    command = ["g++", *(SANITIZERS if sanitize else []), "-shared", *objects, f"-Wl,-T,{script}"]
+    # The file's name only has to end as an extension's does; `load` says the module's.
+    return once(Path(name), ".so", command, script.read_bytes())
 
 
 def build_core(*, sanitize: bool = False) -> Path:
