@@ -52,7 +52,8 @@ class GuardBands:
         end = begin + bytes_used
 
         copy = buffer[begin:end].view(tensor.dtype).as_strided(tensor.shape, steps)
-        copy.copy_(tensor)
+        once = [slice(None) if step else slice(1) for step in steps]  # of an expanded dimension
+        copy[tuple(once)].copy_(tensor[tuple(once)])
         writable = torch.zeros(length, dtype=torch.bool)
         if mutated:
             byte_steps = (*(step * size for step in steps), 1)

@@ -19,7 +19,7 @@ WIDE = torch.randn(4, 12).half()
         torch.arange(5, dtype=torch.int32),
         torch.zeros(2, 3).to(torch.float8_e4m3fn),
     ],
-    ids=str,
+    ids=lambda tensor: f"{tensor.dtype}-{tuple(tensor.shape)}-{tensor.stride()}",
 )
 def test_a_copy_has_the_values_strides_and_alignment(tensor):
     with GuardBands() as guard:
@@ -52,7 +52,7 @@ def test_notices_writes(index, where):
             given = torch.zeros(2, 4)[:, :2]
             whole = guard(given, mutated=index == 2)  # the gap between its rows is not its own
             begin = whole.storage_offset() + index
-            torch.as_strided(whole, (1,), (1,), begin).fill_(1.0 if index != 8 else 2.0)
+            torch.as_strided(whole, (1,), (1,), begin).fill_(0.1)
 
 
 def test_an_error_inside_is_not_hidden():
