@@ -53,8 +53,7 @@ void Block::run(Turns& turns) {
     if (chosen < 0) return;
     Warp& warp = warps_[chosen];
     do {
-      const int lane = turns.choose(kWarpThreads, [&](int i) { return warp.ready >> i & 1u; });
-      running = &threads_[chosen * kWarpThreads + lane];
+      running = &threads_[chosen * kWarpThreads + turns.choose_lane(warp.ready)];
       threadIdx = running->index;
       running->fiber.resume();
       rethrow_failure();

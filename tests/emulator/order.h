@@ -35,6 +35,14 @@ class Turns {
     return -1;
   }
 
+  // The same of a set of lanes, one bit each, that is not empty.
+  int choose_lane(unsigned lanes) {
+    if (order_ == Order::kReverse) return 31 - __builtin_clz(lanes);
+    const int start = random() ? below(32) : 0;
+    const unsigned from_start = lanes >> start << start;
+    return __builtin_ctz(from_start ? from_start : lanes);
+  }
+
   // Whether a random order changes its mind, once in about `rarity` calls.
   bool changes(int rarity) { return random() && below(rarity) == 0; }
 
