@@ -7,14 +7,16 @@
 #include <cuda_runtime_api.h>
 #include <vector_functions.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "emulator.h"
 
-// One copy for all threads of a block, since blocks run one after another. Under AddressSanitizer
-// it has red zones. `extern __shared__` has no such form: see cuda/dynamic_shared.cuh.
+// One address for all blocks, in a section that the linker gathers (shared_memory.ld): the emulator
+// swaps its contents with the block. GCC's `noinit` names the section even within templates, which
+// `section` does not. `extern __shared__` has no such form: see cuda/dynamic_shared.cuh.
 #undef __shared__
-#define __shared__ static
+#define __shared__ static __attribute__((noinit))
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 
@@ -47,10 +49,83 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   return emulator::exchange(mask, value, inside ? source : emulator::lane());
 }
 
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const int source = emulator::lane() - static_cast<int>(delta);
+  const bool inside = source >= emulator::lane() / width * width;
+  return emulator::exchange(mask, value, inside ? source : emulator::lane());
+}
+
+// The lanes of `mask` whose `predicate` is not 0.
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  unsigned votes = 0;
+  emulator::collective(mask, &predicate, &votes, [](const emulator::Lane* lanes, unsigned members) {
+    unsigned found = 0;
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto* vote = static_cast<const int*>(lanes[lane].input);
+      if (vote && *vote) found |= 1u << lane;
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      if (members >> lane & 1u) *static_cast<unsigned*>(lanes[lane].output) = found;
+    }
+  });
+  return votes;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate) == mask;
+}
+
+// Atomics are atomic as they are: threads switch only in `yield` and at barriers.
+template <typename T>
+T atomicAdd(T* address, T value) {
+  emulator::yield();
+  const T before = *address;
+  *address = before + value;
+  return before;
+}
+
+template <typename T>
+T atomicMax(T* address, T value) {
+  emulator::yield();
+  const T before = *address;
+  *address = before < value ? value : before;
+  return before;
+}
+
+inline unsigned atomicInc(unsigned* address, unsigned limit) {
+  emulator::yield();
+  const unsigned before = *address;
+  *address = before >= limit ? 0 : before + 1;
+  return before;
+}
+
+inline void __threadfence() { emulator::yield(); }
+
+// Loads by way of one cache or another: memory has none here.
+template <typename T>
+T __ldcg(const T* from) {
+  emulator::yield();
+  return *from;
+}
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
+}
+
+using std::max;
+using std::min;
+
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
-  return emulator::run_grid(*config, [&] { kernel(static_cast<Params>(args)...); });
+  return emulator::run_grid(*config, reinterpret_cast<const void*>(kernel),
+                            [&] { kernel(static_cast<Params>(args)...); });
+}
+
+template <typename... Params>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute name, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), name, value);
 }

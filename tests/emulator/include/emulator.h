@@ -1,4 +1,5 @@
-// Runs the threads of a block as fibers (ucontext) of one host thread; blocks run one by one.
+// What the twins of CUDA's headers are made of: threads are fibers of one host thread, which
+// switch only in the functions below.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,29 +15,62 @@ extern uint3 blockIdx;
 extern dim3 blockDim;
 extern dim3 gridDim;
 
-// Calls `thread` once for every thread of the grid. Throws std::runtime_error for what would hang
-// or be undefined on a GPU: barriers that not all threads reach, shuffles with absent lanes.
-cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
+// Calls `thread` once for every thread of a grid of `kernel`. Throws std::runtime_error for what
+// would hang or be undefined on a GPU: barriers that not all threads reach, shuffles with absent
+// lanes.
+cudaError_t run_grid(const cudaLaunchConfig_t& config, const void* kernel,
+                     const std::function<void()>& thread);
 
 // Barriers. Threads that have returned count as arrived at the block's, as on the hardware.
 void sync_block();
 void sync_warp(unsigned mask);
 
+// Lets other threads run, where the order allows it: called before whatever other blocks may see.
+void yield();
+
+// What one lane brings to a collective operation, and where its result goes.
+struct Lane {
+  const void* input;
+  void* output;
+};
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// All lanes of `mask` call it with the same `operation`, which the last to arrive runs for all of
+// them; `lanes` has 32 entries, those outside of the mask null. Throws where they call different
+// ones.
+using Operation = void (*)(const Lane* lanes, unsigned mask);
+void collective(unsigned mask, const void* input, void* output, Operation operation);
+
 int lane();                                    // of the thread that runs
-void* dynamic_shared();                        // config.dynamicSmemBytes bytes
-uint64_t* warp_slots();                        // one a lane, for shuffles
 void require_lane(unsigned mask, int source);  // throws if the lane takes no part
+void require_aligned(const void* address, size_t bytes, const char* instruction);
+
+// Dynamic shared memory of the block, config.dynamicSmemBytes bytes.
+void* dynamic_shared();
+
+// Copies to shared memory that are made when their group is waited for, oldest group first.
+void start_copy(void* shared, const void* global, size_t bytes, bool keep);
+void commit_copies();
+void wait_copies(int pending);
 
 // The value that lane `source` passed to the same call.
 template <typename T>
 T exchange(unsigned mask, T value, int source) {
-  static_assert(sizeof(T) <= sizeof(uint64_t), "shuffles move up to 64 bits");
+  struct Sent {
+    T value;
+    int source;
+  };
   require_lane(mask, source);
-  std::memcpy(&warp_slots()[lane()], &value, sizeof(T));
-  sync_warp(mask);
+  const Sent sent{value, source};
   T received;
-  std::memcpy(&received, &warp_slots()[source], sizeof(T));
-  sync_warp(mask);  // no lane may write its next value before all have read this one
+  collective(mask, &sent, &received, [](const Lane* lanes, unsigned members) {
+    for (int lane = 0; lane < 32; ++lane) {
+      if (!(members >> lane & 1u)) continue;
+      const int from = static_cast<const Sent*>(lanes[lane].input)->source;
+      *static_cast<T*>(lanes[lane].output) = static_cast<const Sent*>(lanes[from].input)->value;
+    }
+  });
   return received;
 }
 
