@@ -24,6 +24,7 @@ CSRC = EMULATOR.parent.parent / "csrc"
 BINDINGS = CSRC / "bindings.cpp"
 # What is built is kept, and shared with the other processes of a test run.
 BUILD = EMULATOR.parent.parent / "build" / "emulator"
+PLANTED = BUILD / "planted"  # sources with faults (planted_faults.py)
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing".split()
 FLAGS += "-Wall -Wno-attributes -Wno-unknown-pragmas".split()
 # The assembler does not like the type of the sections of __shared__ variables in templates.
@@ -49,9 +50,9 @@ def missing() -> str | None:
 
 
 @cache
-def headers() -> bytes:
-    """All that the sources might include from this repository."""
-    files = [*CSRC.rglob("*.*h"), *EMULATOR.rglob("*.*h")]
+def headers(*folders: Path) -> bytes:
+    """All that a source might include from these folders."""
+    files = (path for folder in folders for path in folder.rglob("*.*h"))
     return b"".join(path.read_bytes() for path in sorted(files))
 
 
@@ -73,6 +74,8 @@ def once(folder: Path, kind: str, command: list, content: bytes) -> Path:
 @cache
 def compile_object(source: Path, sanitize: bool) -> Path:
     ours = [EMULATOR / "include", CSRC]
+    if PLANTED in source.parents:
+        ours.insert(0, source.parent)
     others = [pybind11.get_include(), sysconfig.get_path("include"), toolkit_include()]
     # What only passes arguments on is most of the compiler's work, and is built once and quickly.
     level = ["-O0"] if source == BINDINGS else ["-g", "-O1", *SANITIZERS] if sanitize else ["-O2"]
@@ -80,7 +83,7 @@ def compile_object(source: Path, sanitize: bool) -> Path:
     command += [f"-I{path}" for path in ours] + [f"-isystem{path}" for path in others]
     command += ['-DMISTRAL_KERNELS_CUDA="emulator"', "-DMISTRAL_KERNELS_PATHS(...)="]
     command += ["-x", "c++", "-c", source]
-    return once(Path(source.stem), ".o", command, source.read_bytes() + headers())
+    return once(Path(source.stem), ".o", command, source.read_bytes() + headers(EMULATOR, *ours))
 
 
 @cache
@@ -95,9 +98,13 @@ def build(name: str, *sources: Path, sanitize: bool = False) -> Path:
     return once(Path(name), ".so", command, script.read_bytes())
 
 
-def build_core(*, sanitize: bool = False) -> Path:
-    """Builds csrc/ as setup.py does, without the CPU kernels."""
-    return build("_C", BINDINGS, *sorted(CSRC.rglob("*.cu")), sanitize=sanitize)
+def build_core(*, sanitize: bool = False, planted: Path | None = None) -> Path:
+    """Builds csrc/ as setup.py does, without the CPU kernels; `planted` replaces the source of its
+    name."""
+    sources = {path.name: path for path in sorted(CSRC.rglob("*.cu"))}
+    if planted:
+        sources[planted.name] = planted
+    return build("_C", BINDINGS, *sources.values(), sanitize=sanitize)
 
 
 @cache

@@ -1,27 +1,33 @@
 """Faults planted into a copy of a kernel, each of which its test must notice."""
 
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from emulator.host_build import BUILD
+from emulator.host_build import PLANTED
 
 
 class Fault(NamedTuple):
-    """What is wrong with the copy, and the text of the source that makes it so."""
+    """What is wrong with a copy of a kernel, and the texts that make it so."""
 
     name: str
-    right: str
-    wrong: str
+    edits: dict[str, str]  # right to wrong
+    header: Path | None = None  # to change instead of the kernel's source, which includes it
 
 
 def plant(source: Path, fault: Fault) -> Path:
-    """Write a copy of `source` with the fault, whose right text must be there exactly once."""
-    text = source.read_text()
-    assert text.count(fault.right) == 1, f"{source.name} no longer has: {fault.right}"
-    folder = BUILD / "planted" / fault.name.replace(" ", "_")
-    folder.mkdir(parents=True, exist_ok=True)
-    copy, wrong = folder / source.name, text.replace(fault.right, fault.wrong)
-    # Another process of the test run may be compiling it.
-    if not copy.exists() or copy.read_text() != wrong:
-        copy.write_text(wrong)
-    return copy
+    """Write a copy of `source` with the fault; each right text must be there exactly once."""
+    original = fault.header or source
+    text = original.read_text()
+    for right, wrong in fault.edits.items():
+        assert text.count(right) == 1, f"{original.name} no longer has: {right}"
+        text = text.replace(right, wrong)
+    folder = PLANTED / source.stem / fault.name.replace(" ", "_")
+    shutil.rmtree(folder, ignore_errors=True)
+    # A header is found beside the source before the one that is shipped.
+    copy = folder / "cuda" / original.name if fault.header else folder / source.name
+    copy.parent.mkdir(parents=True)
+    if fault.header:
+        shutil.copy(source, folder)
+    copy.write_text(text)
+    return folder / source.name

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
-from emulator.host_build import CSRC
-from emulator.kernels import declared_kernels
+import torch
+from emulator.host_build import CSRC, EMULATOR, build, missing
+from emulator.kernels import declared_kernels, launched_kernels
+from emulator.selftest import Selftest
 
 TESTS = Path(__file__).parent.parent
 SOURCES = sorted(path for path in CSRC.rglob("*.cu") if "__global__" in path.read_text())
@@ -22,3 +24,13 @@ def test_the_tests_of_an_op_run_its_kernels(source):
     assert tests.is_file(), f"{source.name} has kernels that no test runs"
     # That run fails where one of the declared kernels was not launched.
     assert "    run_tests_sanitized(__file__)" in tests.read_text().splitlines()
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_the_kernels_that_ran_are_known_by_name():
+    source = EMULATOR / "selftest.cu"
+    library = build("selftest", source)
+    before = launched_kernels(library)
+    Selftest(library).async_but_two(torch.zeros(16), torch.zeros(16))
+    assert launched_kernels(library) == before | {"async_kernel"}
+    assert before | {"async_kernel"} < declared_kernels(source) and "error_of" not in before

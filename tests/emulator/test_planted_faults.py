@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulator.guard_bands import GuardBands
-from emulator.host_build import EMULATOR, build, missing, run_sanitized
+from emulator.host_build import CSRC, EMULATOR, build, missing, run_sanitized
 from emulator.orders import ORDERS, ordered
 from emulator.planted_faults import Fault, plant
 from emulator.selftest import Selftest
@@ -16,24 +16,24 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 SOURCE = EMULATOR / "split_sum.cu"
 TILE, PER_SPLIT = 256, 2
 FAULTS = [
-    Fault("barrier removed", "    __syncthreads();  // all copies", "    // all copies"),
-    Fault("wait removed", "    wait_copies<kStages - 2>();\n", ""),
-    Fault("wait for too few", "wait_copies<kStages - 2>", "wait_copies<kStages - 1>"),
-    Fault("index off by one", "int split = 0; split < splits", "int split = 0; split + 1 < splits"),
-    Fault("index one too far", "split < splits; ++split", "split <= splits; ++split"),
-    Fault("mask missing", "tile * kTile + i < count ? value : 0.0f", "value"),
-    Fault("counter not reset", "counters + row, splits - 1)", "counters + row, 0xffffffffu)"),
+    Fault("barrier removed", {"    __syncthreads();  // all copies": "    // all copies"}),
+    Fault("wait removed", {"    wait_copies<kStages - 2>();\n": ""}),
+    Fault("wait for too few", {"wait_copies<kStages - 2>": "wait_copies<kStages - 1>"}),
+    Fault("index off by one", {"int split = 0; split < splits": "int split = 1; split < splits"}),
+    Fault("index one too far", {"split < splits; ++split": "split <= splits; ++split"}),
+    Fault("mask missing", {"tile * kTile + i < count ? value : 0.0f": "value"}),
+    Fault("counter not reset", {"counters + row, splits - 1)": "counters + row, 0xffffffffu)"}),
+    Fault("order of arrival", {"splits + split)": "splits + (blockIdx.x + split) % splits)"}),
     Fault(
-        "reduction in the order of arrival",
-        "partials + row * splits + split)",
-        "partials + row * splits + (blockIdx.x + split) % splits)",
+        "barrier of the block sum removed",
+        {"  __syncthreads();\n": ""},
+        CSRC / "cuda" / "reduce.cuh",
     ),
 ]
 # Its result is right, since the numbers are masked once more: only AddressSanitizer sees the read.
 READ_OUTSIDE = Fault(
     "copy not masked",
-    "i < count ? row + i : row,\n                  i < count);",
-    "row + i, true);",
+    {"i < count ? row + i : row,\n                  i < count);": "row + i, true);"},
 )
 
 
