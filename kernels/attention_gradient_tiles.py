@@ -30,8 +30,8 @@ def add_keys(
     d_out,
     lse,  # (BLOCK_M,), base 2; inf for rows that see nothing
     delta,
-    start,  # first key of the first tile, a multiple of BLOCK_N, and where tiles stop to begin
-    stop,
+    start,  # first key of the first tile, a multiple of BLOCK_N
+    stop,  # no tile begins here or later
     low,  # (BLOCK_M,): first and last key that a row sees
     high,
     live,  # first key that any row sees, and the number of keys
@@ -42,12 +42,13 @@ def add_keys(
     stride_k,
     stride_v,
     MASKED: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,  # of masked loops; None: as the kernel's
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Adds what tiles of keys give to d_q."""
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, q.shape[1])
-    for first in tl.range(start, stop, BLOCK_N, num_stages=1 if MASKED else None):
+    for first in tl.range(start, stop, BLOCK_N, num_stages=EDGE_STAGES if MASKED else None):
         key = first + offs_n
         k_tile, v_tile = tl.cast(first, tl.int64) * stride_k, tl.cast(first, tl.int64) * stride_v
         mask_n = (key >= live) & (key < seqlen)
@@ -69,14 +70,15 @@ def add_queries(
     k,
     v,
     key,  # (BLOCK_N,)
-    start,  # first token of the first tile, a multiple of BLOCK_TOKENS, and where tiles stop to begin
-    stop,
+    start,  # first token of the first tile, a multiple of BLOCK_TOKENS
+    stop,  # no tile begins here or later
     live,  # first token that sees any of the keys, and the number of tokens
     seqlen,
     window,
     scale,  # base 2
     rows,  # pointers to the rows of token 0 and first head of the group, and strides
     MASKED: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
     CAUSAL: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -88,7 +90,7 @@ def add_queries(
     d_k, d_v = sums
     q_ptr, d_out_ptr, lse_ptr, delta_ptr, stride_q_token, stride_q_head, q_heads = rows
     row, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, k.shape[1])
-    for first in tl.range(start, stop, BLOCK_TOKENS, num_stages=1 if MASKED else None):
+    for first in tl.range(start, stop, BLOCK_TOKENS, num_stages=EDGE_STAGES if MASKED else None):
         token = first + row // GROUP
         mask_m = (row < BLOCK_TOKENS * GROUP) & (token >= live) & (token < seqlen)
         flat = row // GROUP * q_heads + row % GROUP

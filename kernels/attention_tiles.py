@@ -39,6 +39,7 @@ def _attend_tiles(
     scale,  # of the scores, base 2
     keys,  # pointers and strides of the source, see prefill_attention_kernel
     MASKED: tl.constexpr,  # False: every row sees every key of these tiles
+    EDGE_STAGES: tl.constexpr,  # of masked loops; None: as the kernel's
     FROM_RING: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     CACHE_FORMAT: tl.constexpr,
@@ -51,7 +52,7 @@ def _attend_tiles(
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, q.shape[1])
     # What is masked may be NaN and is replaced by 0.
     OTHER: tl.constexpr = 0 if MASKED or q.shape[1] != HEAD_DIM else None
-    for first in tl.range(start, stop, BLOCK_N, num_stages=1 if MASKED else None):
+    for first in tl.range(start, stop, BLOCK_N, num_stages=EDGE_STAGES if MASKED else None):
         # Where the keys lie. From a tile's first key on 32 bits reach far enough but in a ring.
         row, position = offs_n, first + offs_n
         mask_n = (position >= live) & (position < live_stop)
@@ -125,6 +126,7 @@ def attend_source(
     full_stop,
     scale,
     keys,
+    EDGE_STAGES: tl.constexpr,
     FROM_RING: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     CACHE_FORMAT: tl.constexpr,
@@ -136,13 +138,13 @@ def attend_source(
     start, interior, right, end = loop_bounds(live, live_stop, full_low, full_stop, BLOCK_N)
     state = _attend_tiles(
         state, q, start, interior, live, live_stop, low, high, scale, keys,
-        True, FROM_RING, PAGE_SIZE, CACHE_FORMAT, HEAD_DIM, BLOCK_N,
+        True, EDGE_STAGES, FROM_RING, PAGE_SIZE, CACHE_FORMAT, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
     state = _attend_tiles(
         state, q, interior, right, live, live_stop, low, high, scale, keys,
-        False, FROM_RING, PAGE_SIZE, CACHE_FORMAT, HEAD_DIM, BLOCK_N,
+        False, EDGE_STAGES, FROM_RING, PAGE_SIZE, CACHE_FORMAT, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
     return _attend_tiles(
         state, q, right, end, live, live_stop, low, high, scale, keys,
-        True, FROM_RING, PAGE_SIZE, CACHE_FORMAT, HEAD_DIM, BLOCK_N,
+        True, EDGE_STAGES, FROM_RING, PAGE_SIZE, CACHE_FORMAT, HEAD_DIM, BLOCK_N,
     )  # fmt: skip

@@ -73,6 +73,7 @@ def prefill_attention_kernel(
     BLOCK_M: tl.constexpr,  # rows: GROUP heads of BLOCK_M // GROUP tokens
     BLOCK_N: tl.constexpr,  # keys
     BLOCK_D: tl.constexpr,  # power of two, at least HEAD_DIM
+    EDGE_STAGES: tl.constexpr,  # of loops with masks; None: num_stages
     SPLIT_KEYS: tl.constexpr,  # keys of a split, a multiple of BLOCK_N; 0: not split
 ):
     """Grid (tiles * splits * kv_heads,). A program owns one query tile of one kv head, or of it the
@@ -154,7 +155,7 @@ def prefill_attention_kernel(
         )  # fmt: skip
         state = attend_source(
             state, q, live, ring_stop, low, high, full_low, full_stop, k_factor, keys,
-            True, PAGE_SIZE, CACHE_FORMAT, HEAD_DIM, BLOCK_N,
+            EDGE_STAGES, True, PAGE_SIZE, CACHE_FORMAT, HEAD_DIM, BLOCK_N,
         )  # fmt: skip
         if CACHE_FORMAT is not None:
             state = (state[0] * v_factor, state[1], state[2])
@@ -165,7 +166,7 @@ def prefill_attention_kernel(
         keys = (k_new, v_new, stride_k_token, stride_v_token, 0, 0, cu_seqlens_ptr, 1)
         state = attend_source(
             state, q, tl.maximum(live, context), stop, low, high, full_low, full_stop, scale, keys,
-            False, 0, None, HEAD_DIM, BLOCK_N,
+            EDGE_STAGES, False, 0, None, HEAD_DIM, BLOCK_N,
         )  # fmt: skip
 
     acc, row_max, row_sum = state
@@ -222,10 +223,11 @@ def tile_config(
 ) -> dict[str, int]:
     """Tiles, warps and stages where a sequence has `rows` rows (tokens * group). Not measured.
 
-    128 rows by 8 warps: 64 registers a thread hold the sums of head_dim 128; wider heads, and below
-    sm_90 cached codes, which each warp expands for itself, spill unless the rows are 64. More keys
-    a tile would spill as well. Few rows get a tile of their size: memory is what they wait for.
-    float32 has no tensor cores, and its rows are twice as long.
+    128 rows by 8 warps: 64 registers a thread hold the sums of head_dim 128. 128 keys on sm_90 and 64
+    below would spill; so would 128 rows of wider heads, and below sm_90 of cached codes, which each
+    warp expands for itself. Masked tiles wait for their keys, which costs fewer registers than to
+    prefetch them, but for wide heads on sm_90. Few rows get a tile of their size: memory is what
+    they wait for. float32 has no tensor cores, and its rows are twice as long.
     """
     block_d = max(triton.next_power_of_2(head_dim), 16)
     block_m = min(max(triton.next_power_of_2(rows), 16), 128)
@@ -252,6 +254,7 @@ def tile_config(
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
+        "EDGE_STAGES": None if wgmma and block_d > 128 else 1,
         "num_warps": 4 if small else 8,
         "num_stages": stages,
     }

@@ -21,6 +21,7 @@ from mistral_kernels.kernels.attention_tiles import find_sequence, loop_bounds
 
 LOG2_E = math.log2(math.e)
 NO_WINDOW = 2**30
+MAX_HEAD_DIM = 128  # four tiles are in shared memory at once
 SHARED_KB = {(8, 0): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}  # of a processor; others 99
 
 
@@ -54,6 +55,7 @@ def prefill_attention_d_q_kernel(
     BLOCK_M: tl.constexpr,  # rows: GROUP heads of BLOCK_M // GROUP tokens
     BLOCK_N: tl.constexpr,  # keys
     BLOCK_D: tl.constexpr,  # power of two, at least HEAD_DIM
+    EDGE_STAGES: tl.constexpr,  # of loops with masks; None: num_stages
 ):
     """Grid (tiles * kv_heads,). A program owns one query tile of one kv head; long ones first."""
     BLOCK_TOKENS: tl.constexpr = BLOCK_M // GROUP
@@ -103,15 +105,15 @@ def prefill_attention_d_q_kernel(
     d_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     d_q = add_keys(
         d_q, q, d_out, lse, delta, start, interior, low, high, live, seqlen, scale_2,
-        k_head, v_head, stride_k_token, stride_v_token, True, HEAD_DIM, BLOCK_N,
+        k_head, v_head, stride_k_token, stride_v_token, True, EDGE_STAGES, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
     d_q = add_keys(
         d_q, q, d_out, lse, delta, interior, right, low, high, live, seqlen, scale_2,
-        k_head, v_head, stride_k_token, stride_v_token, False, HEAD_DIM, BLOCK_N,
+        k_head, v_head, stride_k_token, stride_v_token, False, EDGE_STAGES, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
     d_q = add_keys(
         d_q, q, d_out, lse, delta, right, end, low, high, live, seqlen, scale_2,
-        k_head, v_head, stride_k_token, stride_v_token, True, HEAD_DIM, BLOCK_N,
+        k_head, v_head, stride_k_token, stride_v_token, True, EDGE_STAGES, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
     mask = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
     d_q_ptrs = d_q_ptr + flat[:, None] * HEAD_DIM + offs_d[None, :]
@@ -146,6 +148,7 @@ def prefill_attention_d_kv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
 ):
     """Grid (key tiles * kv_heads,). A program owns one key tile of one kv head."""
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
@@ -189,15 +192,15 @@ def prefill_attention_d_kv_kernel(
     sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sums = add_queries(
         sums, k, v, key, start, interior, live, seqlen, window, scale_2, rows,
-        True, CAUSAL, GROUP, HEAD_DIM, BLOCK_M,
+        True, EDGE_STAGES, CAUSAL, GROUP, HEAD_DIM, BLOCK_M,
     )  # fmt: skip
     sums = add_queries(
         sums, k, v, key, interior, right, live, seqlen, window, scale_2, rows,
-        False, CAUSAL, GROUP, HEAD_DIM, BLOCK_M,
+        False, EDGE_STAGES, CAUSAL, GROUP, HEAD_DIM, BLOCK_M,
     )  # fmt: skip
     d_k, d_v = add_queries(
         sums, k, v, key, right, end, live, seqlen, window, scale_2, rows,
-        True, CAUSAL, GROUP, HEAD_DIM, BLOCK_M,
+        True, EDGE_STAGES, CAUSAL, GROUP, HEAD_DIM, BLOCK_M,
     )  # fmt: skip
 
     # Keys before the sequence's start are seen by none.
@@ -221,22 +224,19 @@ def tile_config(
     block_m, block_n, stages = 64, 64, 2
     if dtype == torch.float32:
         block_m, block_n, stages = 32, 32, 1
-    elif block_d > 128:
-        block_n = 32
     block_m = max(block_m, triton.next_power_of_2(group))
     limit = SHARED_KB.get(arch, 99) * 1024
     row_bytes = block_d * dtype.itemsize
-    while 2 * (stages + 1) * max(block_m, block_n) * row_bytes > limit:
+    while 2 * (block_m + block_n + (stages - 1) * max(block_m, block_n)) * row_bytes > limit:
         if stages > 1:
             stages -= 1
-        elif block_n > 16:
-            block_n //= 2
         else:
-            block_m //= 2
+            block_n //= 2
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
+        "EDGE_STAGES": None if arch[0] in (9, 10) else 1,
         "num_warps": 8,
         "num_stages": stages,
     }
@@ -264,7 +264,7 @@ def prefill_attention_backward(
     Args:
         q, k, v, cu_seqlens, starts, window, causal, scale: those of the op.
         out, lse: what the forward returned for them, out in float32; contiguous.
-        d_out, d_lse: (tokens, q_heads, head_dim) in q's dtype, (tokens, q_heads) float32, contiguous.
+        d_out, d_lse: like out and lse, d_out in q's dtype.
     """
     tokens, q_heads, head_dim = q.shape
     batch, kv_heads = len(cu_seqlens) - 1, k.shape[1]

@@ -210,6 +210,14 @@ def _triton_refuses(facts: dict[str, int]) -> str | None:
     return None
 
 
+def _backward_triton_refuses(facts: dict[str, int]) -> str | None:
+    from mistral_kernels.kernels.prefill_attention_backward import MAX_HEAD_DIM
+
+    if facts.get("head_dim", 0) > MAX_HEAD_DIM:
+        return f"it takes head_dim up to {MAX_HEAD_DIM}, got {facts['head_dim']}"
+    return _triton_refuses(facts)
+
+
 def _facts(q, k, v, cu_seqlens, k_cache, *_):
     kv = k if k is not None else k_cache
     facts = (("head_dim", q.shape[2]), ("group", q.shape[1] // max(1, kv.shape[-2])))
@@ -259,7 +267,7 @@ _prefill_attention = define(
     differentiable=("q", "k", "v"),
     backward={
         "reference": prefill_attention_backward,
-        "triton": Cell(_prefill_attention_backward_triton, refuses=_triton_refuses),
+        "triton": Cell(_prefill_attention_backward_triton, refuses=_backward_triton_refuses),
     },
 )
 
