@@ -17,11 +17,12 @@ import torch
 from mistral_kernels.ops import dispatch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from interpreter import multiply_bf16, patch_the_language_once, round_bf16_to_nearest
+    import interpreter
 
-    round_bf16_to_nearest()
-    multiply_bf16()
-    patch_the_language_once()
+    interpreter.round_bf16_to_nearest()
+    interpreter.multiply_bf16()
+    interpreter.patch_the_language_once()
+    interpreter.skip_overflow_checks()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

@@ -1,5 +1,7 @@
 """Triton's interpreter, made to round as a GPU does."""
 
+import dataclasses
+
 import numpy as np
 import torch
 import triton.language as tl
@@ -52,3 +54,12 @@ def patch_the_language_once() -> None:
             return patch(function)
 
     interpreter._patch_lang = patch_if_new
+
+
+def skip_overflow_checks() -> None:
+    """Do integer arithmetic once, not again in int64 to compare: a third of a program's time.
+
+    The shapes of these tests are far from 2^31; a GPU does not check either.
+    """
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from routed import make_call
 from tolerance import assert_same
 
 from mistral_kernels import ops
@@ -37,3 +38,24 @@ def test_add_rms_norm(backend):
         want = expected[("normed", "summed").index(name)]
         for out in outs:
             assert_same(out, want, name)
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_expert_mlp(tokens):
+    arguments = make_call(tokens, 256, 512, 8, 2, dtype=torch.bfloat16, device="cuda")
+
+    def call():
+        return ops.expert_mlp(**arguments, backend="triton")
+
+    expected = call().clone()  # also compiles, which a graph cannot hold
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = call()
+    # The graph reads the routing of its replay, not that of its capture.
+    arguments["expert_ids"].fill_(-1)
+    graph.replay()
+    assert (replayed == 0).all()
+    arguments["expert_ids"].fill_(3)
+    graph.replay()
+    assert_same(replayed, call(), "all tokens to one expert, in both slots")
+    assert not replayed.equal(expected)

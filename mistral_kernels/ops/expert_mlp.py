@@ -43,11 +43,16 @@ def pairs_of(expert_ids: Tensor, expert: int) -> tuple[Tensor, Tensor]:
     return (expert_ids == expert).nonzero(as_tuple=True)
 
 
-def chunks(x: Tensor, w2: Tensor, expert_ids: Tensor) -> Iterator[slice]:
-    """Ranges of tokens that WORKSPACE_BYTES are enough for."""
-    bytes_a_token = expert_ids.shape[1] * (3 * w2.shape[2] + 3 * x.shape[1]) * 4
-    size = max(1, WORKSPACE_BYTES // bytes_a_token)
-    return (slice(begin, begin + size) for begin in range(0, len(x), size))
+def chunks(tokens: int, bytes_a_token: int) -> Iterator[slice]:
+    """Ranges of tokens that WORKSPACE_BYTES are enough for, as even as can be."""
+    count = -(-tokens // max(1, WORKSPACE_BYTES // bytes_a_token))
+    size = -(-tokens // max(1, count))
+    return (slice(begin, begin + size) for begin in range(0, tokens, max(1, size)))
+
+
+def _gemm_bytes(x: Tensor, w2: Tensor, expert_ids: Tensor) -> int:
+    """Workspace of a token where torch's GEMMs do the work, at most."""
+    return expert_ids.shape[1] * (3 * w2.shape[2] + 3 * x.shape[1]) * 4
 
 
 def expert_mlp_reference(
@@ -59,7 +64,7 @@ def expert_mlp_reference(
     batch_invariant: bool,
 ) -> Tensor:
     out = x.new_empty(x.shape)
-    for rows in chunks(x, w2, expert_ids):
+    for rows in chunks(len(x), _gemm_bytes(x, w2, expert_ids)):
         ids = expert_ids[rows]
         slots = x.new_zeros(*ids.shape, x.shape[1], dtype=compute_dtype(x.dtype))
         for expert in range(len(w13)):
@@ -135,7 +140,7 @@ def _expert_mlp_cpu(
     # experts, top-2, float32, on the machine of `few_rows`: 2.3 for 1 token, 2.6 for 32, 2.2 for
     # 128, 1.0 for 256.
     if not batch_invariant and expert_ids.numel() > few_rows(x.dtype) * len(w13):
-        for rows in chunks(x, w2, expert_ids):
+        for rows in chunks(len(x), _gemm_bytes(x, w2, expert_ids)):
             out[rows] = _sorted_by_expert(x[rows], w13, w2, weights[rows], expert_ids[rows])
         return out
     native_extension().expert_mlp_cpu(
@@ -165,6 +170,19 @@ def _cpu_refuses(facts: dict[str, int]) -> str | None:
     return None if top_k <= MAX_TOP_K else f"it takes top_k up to {MAX_TOP_K}, got {top_k}"
 
 
+def _expert_mlp_triton(
+    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, expert_ids: Tensor, batch_invariant: bool
+) -> Tensor:
+    from mistral_kernels.kernels import expert_mlp as kernel
+
+    out = x.new_empty(x.shape)
+    bytes_a_token = kernel.bytes_a_token(weights.shape[1], *w2.shape[1:], x.dtype)
+    for rows in chunks(len(x), bytes_a_token):
+        call = x[rows], w13, w2, weights[rows], expert_ids[rows], out[rows]
+        kernel.expert_mlp(*call, batch_invariant)
+    return out
+
+
 _expert_mlp = define(
     "expert_mlp",
     "Tensor x, Tensor w13, Tensor w2, Tensor weights, Tensor expert_ids, bool batch_invariant",
@@ -173,6 +191,7 @@ _expert_mlp = define(
     cells={
         "reference": expert_mlp_reference,
         "cpu": Cell(_expert_mlp_cpu, refuses=_cpu_refuses),
+        "triton": Cell(_expert_mlp_triton),
     },
     facts=lambda x, w13, w2, weights, *_: (
         ("experts", len(w13)),

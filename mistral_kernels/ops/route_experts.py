@@ -70,15 +70,48 @@ def _route_experts_cpu(logits: Tensor, top_k: int, positions: Tensor | None):
     return weights, expert_ids
 
 
+def _route_experts_triton(logits: Tensor, top_k: int, positions: Tensor | None):
+    from mistral_kernels.kernels import route_experts as kernel
+
+    weights, expert_ids = _empty_outputs(logits, top_k, positions)
+    kernel.route_experts(logits, top_k, positions, weights, expert_ids)
+    return weights, expert_ids
+
+
+def _route_experts_backward_triton(grads: list[Tensor], logits: Tensor, top_k: int, positions):
+    from mistral_kernels.kernels import route_experts as kernel
+
+    d_logits = logits.new_empty(logits.shape)
+    grad = grads[0].contiguous()  # autograd hands over expanded scalars too
+    kernel.route_experts_backward(grad, logits, top_k, positions, d_logits)
+    return (d_logits,)
+
+
+def _triton_refuses(facts: dict[str, int]) -> str | None:
+    from mistral_kernels.kernels.route_experts import MAX_EXPERTS
+
+    experts = facts.get("experts", 0)
+    return (
+        None if experts <= MAX_EXPERTS else f"it takes up to {MAX_EXPERTS} experts, got {experts}"
+    )
+
+
 _route_experts = define(
     "route_experts",
     "Tensor logits, int top_k, Tensor? positions",
     "(Tensor, Tensor)",
     fake=_empty_outputs,
-    cells={"reference": route_experts_reference, "cpu": Cell(_route_experts_cpu)},
+    cells={
+        "reference": route_experts_reference,
+        "cpu": Cell(_route_experts_cpu),
+        "triton": Cell(_route_experts_triton, refuses=_triton_refuses),
+    },
     facts=lambda logits, top_k, positions: (("experts", logits.shape[1]), ("top_k", top_k)),
     differentiable=("logits",),
-    backward=route_experts_backward,
+    backward={
+        "reference": route_experts_backward,
+        "triton": Cell(_route_experts_backward_triton, refuses=_triton_refuses),
+    },
 )
 
 

@@ -1,0 +1,161 @@
+"""expert_mlp's Triton kernels in Triton's interpreter, in tiles that few tokens already cross.
+
+Run with TRITON_INTERPRET=1 set before the process starts: `TRITON_INTERPRET=1 pytest -m
+interpreter`. `test_expert_mlp.py` runs the same backend there in the tiles that are shipped.
+"""
+
+import sys
+
+import oracle
+import peer
+import pytest
+import shapes
+import torch
+from routed import make_call
+from tolerance import assert_close, assert_same
+
+from mistral_kernels.ops import dispatch, expert_mlp
+
+pytestmark = pytest.mark.interpreter
+DTYPES = pytest.mark.parametrize("dtype", dispatch.KERNEL_DTYPES, ids=str)
+MODULE = sys.modules["mistral_kernels.ops.expert_mlp"]
+SKIPPED = torch.tensor([-1, 4, 2**31 - 1, -(2**31)], dtype=torch.int32)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fills new tensors with NaN and 2^31 - 1, so that what was not written is not read unseen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The kernel file, with tiles of 4 rows, 8 columns and 16 of k."""
+    from mistral_kernels.kernels import expert_mlp as kernel
+
+    shipped = kernel.tile_config
+
+    def small(*arguments) -> dict[str, int]:
+        config = shipped(*arguments)
+        rows = 32 if config["FEW"] else 4
+        return config | {"BLOCK_M": rows, "BLOCK_N": 8, "BLOCK_K": 16, "GROUP_M": 2}
+
+    monkeypatch.setattr(kernel, "tile_config", small)
+    return kernel
+
+
+def check(call):
+    out = expert_mlp(**call, backend="triton")
+    exact = oracle.expert_mlp(**{name: oracle.f64(value) for name, value in call.items()})
+    assert_close(out, peer.expert_mlp(**call), torch.from_numpy(exact), "expert_mlp")
+
+
+def deal(call, rows: list[int]) -> dict:
+    """Gives expert e `rows[e]` of the slots; the others are skipped."""
+    ids = torch.cat([torch.full((count,), e, dtype=torch.int32) for e, count in enumerate(rows)])
+    pairs = call["expert_ids"].numel()
+    ids = torch.cat((ids, SKIPPED.repeat(pairs)[: pairs - len(ids)]))
+    call["expert_ids"] = ids[torch.randperm(pairs)].view_as(call["expert_ids"])
+    call["weights"][(call["expert_ids"] < 0) | (call["expert_ids"] >= len(rows))] = torch.nan
+    return call
+
+
+# Around a tile of rows; several tiles of one expert, more than GROUP_M; nothing at all.
+ROWS = [[3, 4, 5, 0], [0, 0, 17, 1], [8, 0, 0, 9], [1, 1, 1, 1], [0, 0, 0, 0]]
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_planned_tiles(rows, dtype, kernel, monkeypatch):
+    monkeypatch.setattr(kernel, "FEW_TOKENS", 0)
+    call = deal(make_call(10, 20, 18, 4, 2, dtype=dtype), rows)
+    unused = torch.tensor(rows) == 0
+    call["w13"][unused], call["w2"][unused] = torch.nan, torch.nan
+    check(call)
+
+
+# hidden and ffn_dim around a tile of columns (8; 4 for w13) and of k (16).
+SIZES = [(7, 3), (8, 4), (9, 5), (16, 16), (17, 33)]
+
+
+@DTYPES
+@pytest.mark.parametrize("few", [0, 32], ids=["planned", "few"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_columns_and_k_around_a_tile(sizes, few, dtype, kernel, monkeypatch):
+    monkeypatch.setattr(kernel, "FEW_TOKENS", few)
+    call = make_call(3, *sizes, 4, 2, dtype=dtype)
+    # Rows that start at any element, with NaN behind their ends.
+    for name in ("x", "w13", "w2"):
+        wide = torch.nn.functional.pad(call[name], (1, 3), value=torch.nan)
+        call[name] = wide[..., 1:-3]
+    call |= {name: shapes.laid_out(call[name], "padded") for name in ("weights", "expert_ids")}
+    check(call)
+
+
+@DTYPES
+@pytest.mark.parametrize("tokens", [1, 2, 5, 32])
+def test_few_tokens_find_their_experts(tokens, dtype, kernel):
+    # 5 tokens have more pairs than experts; fewer are found by pair. Slots repeat and skip experts.
+    call = make_call(tokens, 24, 20, 9, 2, dtype=dtype)
+    call["expert_ids"] = torch.tensor([[7, 7], [-1, 9], [7, 2], [-9, 0], [2, 5]], dtype=torch.int32)
+    call["expert_ids"] = call["expert_ids"].repeat(7, 1)[:tokens].contiguous()
+    used = torch.isin(torch.arange(9), call["expert_ids"])
+    call["w13"][~used], call["w2"][~used] = torch.nan, torch.nan
+    check(call)
+
+
+@pytest.mark.parametrize("ffn_dim", [63, 64, 65, 127, 128, 129, 640])
+def test_few_tokens_cut_the_down_projection(ffn_dim, kernel):
+    config = kernel.tile_config(2, 1, 2, torch.float32, (8, 0), False)
+    k_split = kernel.split_config(2, 1, 2, 16, ffn_dim, config)
+    splits = -(-ffn_dim // k_split)
+    assert k_split % config["BLOCK_K"] == 0 and splits == min(max(-(-ffn_dim // 16) // 4, 1), 8)
+    if ffn_dim < 200:
+        check(make_call(2, 16, ffn_dim, 2, 1))
+
+
+@DTYPES
+def test_nan_rows_stay_alone(dtype, kernel, monkeypatch):
+    call = make_call(6, 24, 20, 3, 2, dtype=dtype)
+    call["expert_ids"][1, 0] = -1  # its empty slot must not pick up another token's NaN
+    for few in (0, 32):
+        monkeypatch.setattr(kernel, "FEW_TOKENS", few)
+        clean = expert_mlp(**call, backend="triton")
+        poisoned = {**call, "x": call["x"].clone()}
+        poisoned["x"][[0, 5]] = torch.nan
+        out = expert_mlp(**poisoned, backend="triton")
+        assert out[[0, 5]].isnan().all()
+        assert_same(out[1:5], clean[1:5], f"rows beside a NaN, {few}")
+
+
+def test_many_tokens_are_worked_in_chunks(kernel, monkeypatch):
+    call = make_call(11, 16, 8, 4, 2)
+    whole = expert_mlp(**call, batch_invariant=True, backend="triton")
+    for workspace in (1, 700):  # room for less than a token, for a few
+        monkeypatch.setattr(MODULE, "WORKSPACE_BYTES", workspace)
+        out = expert_mlp(**call, batch_invariant=True, backend="triton")
+        assert_same(out, whole, f"{workspace} bytes")
+
+
+def test_without_experts_every_slot_is_skipped():
+    call = make_call(5, 16, 24, 1, 1)
+    call["w13"], call["w2"] = call["w13"][:0], call["w2"][:0]
+    assert (expert_mlp(**call, backend="triton") == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
+def test_tile_config_fits_and_knows_no_batch_if_invariant(arch, dtype):
+    from mistral_kernels.kernels import expert_mlp as kernel
+
+    fixed = kernel.tile_config(1, 2, 8, dtype, arch, True)
+    for tokens in (1, 32, 33, 100, 200, 4096, 10**6):
+        assert kernel.tile_config(tokens, 2, 8, dtype, arch, True) == fixed
+        config = kernel.tile_config(tokens, 2, 8, dtype, arch, False)
+        assert config["FEW"] == (tokens <= 32)
+        assert config["BLOCK_M"] >= tokens or not config["FEW"]
+        stage = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"] * dtype.itemsize
+        assert config["num_stages"] >= 2
+        assert config["num_stages"] * stage <= kernel.SHARED_BYTES.get(arch, 99 << 10)
