@@ -2,9 +2,9 @@
 
 A layer of Mistral 7B (32/8 heads of 128, window 4096, bf16) on 16384 new tokens: 58.7 M pairs of
 query and key make 0.96 TFLOP; q, k, v and out are 0.34 GB. At peak rates an A100 takes 3.1 ms, an
-H100 or H200 0.97 ms; the bytes take 0.17, 0.10 and 0.07 ms: bound by the tensor cores. Tiles of 32
-tokens x 128 keys visit 4 % more than the pairs that count. 4 new tokens after 4096 cached ones read
-16.8 MB for 0.27 GFLOP: bound by memory, 8, 5 and 3.5 us, if enough programs share the keys.
+H100 or H200 0.97 ms; the bytes take 0.17, 0.10 and 0.07 ms: bound by the tensor cores. Tiles of
+32 tokens x 64 keys visit 1.6 % more than the pairs that count. 4 new tokens after 4096 cached ones
+read 16.8 MB for 0.27 GFLOP: bound by memory, 8, 5 and 3.5 us, if enough programs share the keys.
 """
 
 import functools
@@ -14,20 +14,27 @@ import torch
 import triton
 import triton.language as tl
 
-from mistral_kernels.kernels.attention_tiles import attend_source, find_sequence
+from mistral_kernels.kernels.attention_combine import combine_splits
+from mistral_kernels.kernels.attention_tiles import (
+    NO_WINDOW,
+    SHARED_KB,
+    attend_source,
+    find_sequence,
+)
 from mistral_kernels.kernels.key_splits import store_outputs
 
 MAX_HEAD_DIM = 256  # a query tile and its sums live in registers
 MAX_GROUP = 64  # the heads of one token fit into a tile, also in 99 KiB
-NO_WINDOW = 2**30  # no position is so far, and sums with one stay below 2^31
-SPLIT_KEYS = 512  # by one program where queries are few: 0.26 MB at head_dim 128; not measured
-COMBINE_ROWS = 4  # 16 fp32 values a thread at head_dim 128
+SPLIT_KEYS = 256  # of a split at least: 0.13 MB at head_dim 128, 16 times its partial; not measured
+MAX_SPLITS = 64  # a program of the combine reads them one after another
 LOG2_E = math.log2(math.e)
 CACHE_FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
-SHARED_BYTES = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KiB
 
 
-@triton.jit(do_not_specialize=["batch", "tiles", "splits", "kv_heads", "window", "pages_per_seq"])
+SIZES = "tokens", "batch", "tiles", "splits", "most_splits", "kv_heads", "window", "capacity"
+
+
+@triton.jit(do_not_specialize=SIZES)
 def prefill_attention_kernel(
     q_ptr,  # (tokens, q_heads, head_dim)
     k_ptr,  # (tokens, kv_heads, head_dim); None: all keys are in the cache
@@ -45,7 +52,8 @@ def prefill_attention_kernel(
     tokens,  # of all sequences
     batch,
     tiles,  # query tiles: tokens // BLOCK_TOKENS + batch
-    splits,  # programs that share the keys of a query tile
+    splits,  # of the grid: programs that share the keys of a query tile
+    most_splits,  # that its keys are cut into, perhaps more than `splits`
     kv_heads,
     window,  # keys a query sees
     capacity,  # slots of a ring
@@ -74,10 +82,10 @@ def prefill_attention_kernel(
     BLOCK_N: tl.constexpr,  # keys
     BLOCK_D: tl.constexpr,  # power of two, at least HEAD_DIM
     EDGE_STAGES: tl.constexpr,  # of loops with masks; None: num_stages
-    SPLIT_KEYS: tl.constexpr,  # keys of a split, a multiple of BLOCK_N; 0: not split
+    SPLIT_KEYS: tl.constexpr,  # keys of a split at least, a multiple of BLOCK_N; 0: not split
 ):
-    """Grid (tiles * splits * kv_heads,). A program owns one query tile of one kv head, or of it the
-    keys between two absolute multiples of SPLIT_KEYS.
+    """Grid (tiles * splits * kv_heads,). A program owns one query tile of one kv head, or of it one
+    split of its keys.
 
     Late tiles, which see most keys, run first, so that short ones fill the tail.
     """
@@ -97,7 +105,6 @@ def prefill_attention_kernel(
     token = number * BLOCK_TOKENS + row // GROUP
     mask_m = (row < BLOCK_TOKENS * GROUP) & (token < seqlen)
     head = kv_head.to(tl.int64) * GROUP + row % GROUP
-    out_row = (split.to(tl.int64) * tokens + begin + token) * (kv_heads * GROUP) + head
     q_row = (begin + token).to(tl.int64) * stride_q_token + head * stride_q_head
     mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + q_row[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
@@ -122,9 +129,14 @@ def prefill_attention_kernel(
     else:
         high, stop, full_stop = total - 1 + 0 * token, total, total
     if SPLIT_KEYS:
-        border = (live // SPLIT_KEYS + split) * SPLIT_KEYS
-        live, stop = tl.maximum(live, border), tl.minimum(stop, border + SPLIT_KEYS)
+        # Cut in runs of whole tiles from the window's first on: the ring's capacity has no say.
+        border = live // BLOCK_N * BLOCK_N
+        share = tl.cdiv(tl.cdiv(stop - border, most_splits), BLOCK_N) * BLOCK_N
+        share = tl.maximum(share, SPLIT_KEYS)
+        border += split * share
+        live, stop = tl.maximum(live, border), tl.minimum(stop, border + share)
         if live >= stop:  # no keys, which the lse tells
+            out_row = (split.to(tl.int64) * tokens + begin + token) * (kv_heads * GROUP) + head
             tl.store(lse_ptr + out_row, float("-inf") + 0.0 * row, mask=mask_m)
             return
 
@@ -169,47 +181,10 @@ def prefill_attention_kernel(
             EDGE_STAGES, False, 0, None, HEAD_DIM, BLOCK_N,
         )  # fmt: skip
 
+    # Outputs, whose rows would not have fitted into registers beside the loops.
     acc, row_max, row_sum = state
+    out_row = (split.to(tl.int64) * tokens + begin + token) * (kv_heads * GROUP) + head
     store_outputs(out_ptr, lse_ptr, out_row, mask_m, offs_d, acc, row_sum, row_max, HEAD_DIM)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def combine_splits_kernel(
-    partial_ptr,  # (splits, rows, head_dim), fp32, contiguous; undefined where the lse is -inf
-    partial_lse_ptr,  # (splits, rows), fp32, contiguous
-    out_ptr,  # (rows, head_dim), contiguous
-    lse_ptr,  # (rows,), fp32, contiguous
-    rows,  # tokens * q_heads
-    splits,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Grid (cdiv(rows, BLOCK_ROWS),). A program adds up its rows' splits in the order of keys."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_row = row < rows
-    mask = mask_row[:, None] & (offs_d < HEAD_DIM)[None, :]
-    acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
-    largest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
-    for split in range(splits):
-        part = row + tl.cast(split, tl.int64) * rows
-        lse = tl.load(partial_lse_ptr + part, mask=mask_row, other=float("-inf"))
-        live = mask & (lse > float("-inf"))[:, None]
-        part_ptrs = partial_ptr + part[:, None] * HEAD_DIM + offs_d[None, :]
-        values = tl.load(part_ptrs, mask=live, other=0.0)
-        # Of one split alone the weight is 1: its bits are those of a row that was not split.
-        new_largest = tl.maximum(largest, lse)
-        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        rescale, weight = tl.exp(largest - shift), tl.exp(lse - shift)
-        acc = acc * rescale[:, None] + values * weight[:, None]
-        total = total * rescale + weight
-        largest = new_largest
-    total = tl.where(total == 0, 1.0, total)  # no key: out 0, lse -inf + log(1)
-    out_ptrs = out_ptr + row[:, None] * HEAD_DIM + offs_d[None, :]
-    tl.store(out_ptrs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(lse_ptr + row, largest + tl.log(total), mask=mask_row)
 
 
 def tile_config(
@@ -223,11 +198,12 @@ def tile_config(
 ) -> dict[str, int]:
     """Tiles, warps and stages where a sequence has `rows` rows (tokens * group). Not measured.
 
-    128 rows by 8 warps: 64 registers a thread hold the sums of head_dim 128. 128 keys on sm_90 and 64
-    below would spill; so would 128 rows of wider heads, and below sm_90 of cached codes, which each
-    warp expands for itself. Masked tiles wait for their keys, which costs fewer registers than to
-    prefetch them, but for wide heads on sm_90. Few rows get a tile of their size: memory is what
-    they wait for. float32 has no tensor cores, and its rows are twice as long.
+    128 rows by 8 warps: 64 registers a thread hold the sums of head_dim 128. 128 keys on sm_90 and
+    64 below would spill; so would 128 rows of wider heads, and below sm_90 of cached codes, which
+    each warp expands for itself. Masked tiles wait for their keys, which costs fewer registers than
+    to prefetch them; but on sm_90 ptxas then puts a wait behind every wgmma of the kernel (its note
+    C7515), as it does with three stages, but not with two. Few rows get a tile of their size:
+    memory is what they wait for. float32 has no tensor cores, and its rows are twice as long.
     """
     block_d = max(triton.next_power_of_2(head_dim), 16)
     block_m = min(max(triton.next_power_of_2(rows), 16), 128)
@@ -240,7 +216,7 @@ def tile_config(
     elif quantised and not wgmma:
         block_m, block_n = min(block_m, 64), 64
     block_m = max(block_m, triton.next_power_of_2(group))
-    limit = SHARED_BYTES.get(arch, 99) * 1024
+    limit = SHARED_KB.get(arch, 99) * 1024
     row_bytes = block_d * dtype.itemsize
     while (block_m + 2 * stages * block_n) * row_bytes > limit:
         if stages > 1:
@@ -254,7 +230,7 @@ def tile_config(
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
-        "EDGE_STAGES": None if wgmma and block_d > 128 else 1,
+        "EDGE_STAGES": 2 if wgmma else 1,
         "num_warps": 4 if small else 8,
         "num_stages": stages,
     }
@@ -305,37 +281,51 @@ def prefill_attention(
     tiles = tokens // block_tokens + batch
     window = NO_WINDOW if window is None else min(window, NO_WINDOW)
 
-    capacity = page_size = split_keys = 0
-    splits, cache_format, sums = 1, None, (out, lse)
+    capacity = page_size = 0
+    splits, most_splits, cache_format, sums = 1, 1, None, (out, lse)
     if k_cache is not None:
         capacity = block_table.shape[1] * k_cache.shape[1]
         page_size = 0 if block_table.shape[1] == 1 else k_cache.shape[1]
         cache_format = CACHE_FORMATS.get(k_cache.dtype)
         if cache_format == "fp8":
             k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-        seen = window + block_tokens - 1  # keys of a tile
-        few = 2 * tiles * kv_heads <= multiprocessors and seen > SPLIT_KEYS
-        if few and not batch_invariant:
-            split_keys = SPLIT_KEYS
-            splits = triton.cdiv(min(seen, capacity + tokens), SPLIT_KEYS) + 1
+        splits, most_splits = _splits(
+            window + block_tokens - 1,
+            capacity + tokens,
+            max(batch, triton.cdiv(tokens, block_tokens)) * kv_heads,
+            1 if batch_invariant else multiprocessors,
+        )
+        if splits > 1:
             sums = tuple(x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (out, lse))
 
     with torch.cuda.device_of(q):  # Triton launches on the current device
         prefill_attention_kernel[(tiles * splits * kv_heads,)](
             q, k, v, *sums, cu_seqlens, context_lens, block_table, k_cache, v_cache, k_scale,
-            v_scale, starts, tokens, batch, tiles, splits, kv_heads, window, capacity,
+            v_scale, starts, tokens, batch, tiles, splits, most_splits, kv_heads, window, capacity,
             scale * LOG2_E,
             *_strides(q, 2), *_strides(k, 2), *_strides(v, 2),
             *_strides(k_cache, 3), *_strides(v_cache, 3), *_strides(block_table, 1),
             *(int(x is not None and x.numel() > 1) for x in (k_scale, v_scale)),
             CAUSAL=causal, PAGE_SIZE=page_size, CACHE_FORMAT=cache_format, GROUP=group,
-            HEAD_DIM=head_dim, SPLIT_KEYS=split_keys, **config,
+            HEAD_DIM=head_dim, SPLIT_KEYS=SPLIT_KEYS if splits > 1 else 0, **config,
         )  # fmt: skip
-        if split_keys:
-            combine_splits_kernel[(triton.cdiv(tokens * q_heads, COMBINE_ROWS),)](
-                *sums, out, lse, tokens * q_heads, splits,
-                HEAD_DIM=head_dim, BLOCK_ROWS=COMBINE_ROWS, BLOCK_D=config["BLOCK_D"], num_warps=1,
-            )  # fmt: skip
+        if splits > 1:
+            combine_splits(*sums, out, lse)
+
+
+def _splits(seen: int, held: int, busy: int, multiprocessors: int) -> tuple[int, int]:
+    """Splits of the grid, and how many a query tile's keys are cut into, by what the host knows.
+
+    Args:
+        seen: keys that a window lets a tile see.
+        held: keys that there can be: they bound the grid and decide nothing else.
+        busy: programs that have queries, at least, if keys are not split.
+    """
+    most = min(multiprocessors // busy, MAX_SPLITS)
+    if most < 2 or seen <= SPLIT_KEYS:
+        return 1, 1
+    # A window need not begin at a tile's first key; tiles are no longer than SPLIT_KEYS.
+    return min(most, triton.cdiv(min(seen, held), SPLIT_KEYS) + 1), most
 
 
 def _strides(x: torch.Tensor | None, count: int) -> tuple[int, ...]:
@@ -382,13 +372,4 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
                 "due": ("wgmma" if wide else "mma", "cp_async"),
             }
         )
-    pointers = {"partial_ptr": "*fp32", "partial_lse_ptr": "*fp32", "out_ptr": "*bf16"}
-    constants = {"HEAD_DIM": 128, "BLOCK_ROWS": COMBINE_ROWS, "BLOCK_D": 128, "num_warps": 1}
-    combine = {
-        "case": "bf16 128",
-        "kernel": combine_splits_kernel,
-        "signature": pointers | {"lse_ptr": "*fp32", "rows": "i32", "splits": "i32"},
-        "constexprs": constants,
-        "due": (),
-    }
-    return [*cases, combine]
+    return cases

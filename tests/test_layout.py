@@ -15,6 +15,7 @@ SHARED = {"__init__", "dispatch", "checks", "ring", "masked_attention"}
 OPS = sorted(path.stem for path in (PACKAGE / "ops").glob("*.py") if path.stem not in SHARED)
 # Files of kernels/ that are no op: what several kernels share, or the steps of one op.
 SHARED_KERNELS = {
+    "attention_combine",
     "attention_gradient_tiles",
     "attention_tiles",
     "cache_elements",

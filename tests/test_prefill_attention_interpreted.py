@@ -105,6 +105,22 @@ def test_one_split_alone_has_the_bits_of_none(small_splits):
     assert_same_pair(run(scene), run(scene, batch_invariant=True), "batch_invariant")
 
 
+def test_keys_are_cut_into_no_more_splits_than_are_busy(kernel):
+    # 33 blocks of 2 for 132 multiprocessors; the ring bounds the grid alone, a short one to none.
+    assert kernel._splits(2**30, 10**6, 2, 132) == (64, 64)
+    assert kernel._splits(4099, 10**6, 8, 132) == (16, 16)
+    assert kernel._splits(4099, 700, 8, 132) == (4, 16)
+    assert kernel._splits(4099, 10**6, 67, 132) == (1, 1)
+    assert kernel._splits(kernel.SPLIT_KEYS, 10**6, 1, 132) == (1, 1)
+
+
+def test_splits_of_several_tiles(small_splits, kernel, monkeypatch):
+    # Three splits of 96 and 112 positions: of 48 keys, the last shorter.
+    monkeypatch.setattr(kernel, "MAX_SPLITS", 3)
+    scene = make_scene(Chunk("long", (96, 112), (3, 5), None, 16, 8), heads=Heads(3, 1, 16))
+    check(scene, run(scene))
+
+
 def test_splits_do_not_depend_on_the_capacity(small_splits):
     scene = make_scene(FULL)
     expected = run(scene)
@@ -227,5 +243,5 @@ def test_tile_config_fits_the_device(arch, kernel, dtype):
                 assert block_m >= max(group, 16) and block_d >= max(head_dim, 16)
                 assert kernel.SPLIT_KEYS % block_n == 0
                 keys = 2 * config["num_stages"] * block_n
-                limit = kernel.SHARED_BYTES[arch] * 1024
+                limit = kernel.SHARED_KB.get(arch, 99) * 1024
                 assert (block_m + keys) * block_d * dtype.itemsize <= limit
