@@ -5,8 +5,12 @@
 with scale and lse in base 2. Sums grow in the order of positions.
 """
 
+import math
+
 import triton
 import triton.language as tl
+
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -79,6 +83,7 @@ def add_queries(
     rows,  # pointers to the rows of token 0 and first head of the group, and strides
     MASKED: tl.constexpr,
     EDGE_STAGES: tl.constexpr,
+    SETTLED: tl.constexpr,  # d_k is waited for in each tile
     CAUSAL: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -100,7 +105,7 @@ def add_queries(
         d_out = load_tile(
             d_out_ptr + tile * HEAD_DIM, flat * HEAD_DIM, offs_d, mask_m, MASKED or IDLE, HEAD_DIM
         )
-        lse = tl.load(lse_ptr + tile + flat, mask=mask_m, other=float("-inf")) * 1.4426950408889634
+        lse = tl.load(lse_ptr + tile + flat, mask=mask_m, other=float("-inf")) * LOG2_E
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
         delta = tl.load(delta_ptr + tile + flat, mask=mask_m, other=0.0)
 
@@ -113,4 +118,8 @@ def add_queries(
         d_weights = tl.dot(v, tl.trans(d_out), input_precision="ieee")
         d_scores = weights * (d_weights - delta[None, :])
         d_k = tl.dot(d_scores.to(q.dtype), q, d_k, input_precision="ieee")
+        if SETTLED:
+            # Always true, which the compilers do not know. In flight into the next tile, this
+            # wgmma would make ptxas put a wait behind every one of the kernel (its note C7515).
+            d_k = tl.where(first >= 0, d_k, 0.0)
     return d_k, d_v

@@ -10,19 +10,24 @@ again: 18. 16384 tokens, 32/8 heads of 128, window 4096: 4.3 TFLOP, at peak rate
 and 4.4 ms on an H100 or H200; the 1.1 GB that are moved take 0.5, 0.3 and 0.2 ms. Not measured.
 """
 
-import math
+import itertools
 
 import torch
 import triton
 import triton.language as tl
 
-from mistral_kernels.kernels.attention_gradient_tiles import add_keys, add_queries, load_tile
-from mistral_kernels.kernels.attention_tiles import find_sequence, loop_bounds
-
-LOG2_E = math.log2(math.e)
-NO_WINDOW = 2**30
-MAX_HEAD_DIM = 128  # four tiles are in shared memory at once
-SHARED_KB = {(8, 0): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}  # of a processor; others 99
+from mistral_kernels.kernels.attention_gradient_tiles import (
+    LOG2_E,
+    add_keys,
+    add_queries,
+    load_tile,
+)
+from mistral_kernels.kernels.attention_tiles import (
+    NO_WINDOW,
+    SHARED_KB,
+    find_sequence,
+    loop_bounds,
+)
 
 
 @triton.jit(do_not_specialize=["batch", "tiles", "kv_heads", "window"])
@@ -78,7 +83,7 @@ def prefill_attention_d_q_kernel(
     q = load_tile(q_ptr, q_rows, offs_d, mask_m, True, HEAD_DIM)
     d_out = load_tile(d_out_ptr, flat * HEAD_DIM, offs_d, mask_m, True, HEAD_DIM)
     out = load_tile(out_ptr, flat * HEAD_DIM, offs_d, mask_m, True, HEAD_DIM)
-    lse = tl.load(lse_ptr + flat, mask=mask_m, other=0.0) * 1.4426950408889634
+    lse = tl.load(lse_ptr + flat, mask=mask_m, other=0.0) * LOG2_E
     blind = lse == float("-inf")
     lse = tl.where(blind, float("inf"), lse)  # weights 0
     d_lse = tl.load(d_lse_ptr + flat, mask=mask_m, other=0.0)
@@ -99,7 +104,7 @@ def prefill_attention_d_q_kernel(
         high, live_stop, full_stop = seqlen - 1 + 0 * token, seqlen, seqlen
     start, interior, right, end = loop_bounds(live, live_stop, full_low, full_stop, BLOCK_N)
 
-    scale_2 = scale * 1.4426950408889634
+    scale_2 = scale * LOG2_E
     k_head = k_ptr + begin.to(tl.int64) * stride_k_token + kv_head * stride_k_head
     v_head = v_ptr + begin.to(tl.int64) * stride_v_token + kv_head * stride_v_head
     d_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -149,6 +154,7 @@ def prefill_attention_d_kv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EDGE_STAGES: tl.constexpr,
+    SETTLED: tl.constexpr,  # see add_queries
 ):
     """Grid (key tiles * kv_heads,). A program owns one key tile of one kv head."""
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
@@ -188,19 +194,19 @@ def prefill_attention_d_kv_kernel(
         q_ptr + begin_64 * stride_q_token + head * stride_q_head, d_out_ptr + flat * HEAD_DIM,
         lse_ptr + flat, delta_ptr + flat, stride_q_token, stride_q_head, q_heads,
     )  # fmt: skip
-    scale_2 = scale * 1.4426950408889634
+    scale_2 = scale * LOG2_E
     sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sums = add_queries(
         sums, k, v, key, start, interior, live, seqlen, window, scale_2, rows,
-        True, EDGE_STAGES, CAUSAL, GROUP, HEAD_DIM, BLOCK_M,
+        True, EDGE_STAGES, SETTLED, CAUSAL, GROUP, HEAD_DIM, BLOCK_M,
     )  # fmt: skip
     sums = add_queries(
         sums, k, v, key, interior, right, live, seqlen, window, scale_2, rows,
-        False, EDGE_STAGES, CAUSAL, GROUP, HEAD_DIM, BLOCK_M,
+        False, EDGE_STAGES, SETTLED, CAUSAL, GROUP, HEAD_DIM, BLOCK_M,
     )  # fmt: skip
     d_k, d_v = add_queries(
         sums, k, v, key, right, end, live, seqlen, window, scale_2, rows,
-        True, EDGE_STAGES, CAUSAL, GROUP, HEAD_DIM, BLOCK_M,
+        True, EDGE_STAGES, SETTLED, CAUSAL, GROUP, HEAD_DIM, BLOCK_M,
     )  # fmt: skip
 
     # Keys before the sequence's start are seen by none.
@@ -213,33 +219,52 @@ def prefill_attention_d_kv_kernel(
 
 
 def tile_config(
-    head_dim: int, group: int, dtype: torch.dtype, arch: tuple[int, int]
-) -> dict[str, int]:
-    """Tiles, warps and stages of both kernels, which hold two tiles and stream two. Not measured.
+    head_dim: int, group: int, dtype: torch.dtype, arch: tuple[int, int], *, keys_stay: bool
+) -> dict[str, int | bool]:
+    """Tiles, warps and stages of the d_q kernel, or of d_kv, where keys stay. Not measured.
 
-    64 by 64 by 8 warps: the two sums of the d_kv kernel are 64 registers a thread at head_dim 128,
-    scores and their gradients 32; 128 rows would spill.
+    By 8 warps the two sums of d_kv are 64 registers a thread at head_dim 128 and 64 keys. Twice as
+    long a tile stays on sm_90, where wgmma reads its operands from shared memory; d_kv would spill
+    with 64 rows beside it. Of wider heads half as many keys stay, too few for wgmma in d_kv. Loops
+    with masks have two stages on sm_90, for the reason told in prefill_attention's tile_config.
     """
     block_d = max(triton.next_power_of_2(head_dim), 16)
-    block_m, block_n, stages = 64, 64, 2
+    wgmma = arch[0] in (9, 10) and dtype != torch.float32
+    stays, moves, stages = 64, 64, 2
     if dtype == torch.float32:
-        block_m, block_n, stages = 32, 32, 1
-    block_m = max(block_m, triton.next_power_of_2(group))
+        stays, moves, stages = 32, 32, 1
+    elif block_d > 128:
+        stays, moves = 32 if keys_stay else 64, 32
+    elif wgmma:
+        stays, moves, stages = (128, 32, 3) if keys_stay else (128, 64, 2)
+    heads = triton.next_power_of_2(group)  # a tile holds whole tokens
+    if keys_stay and heads > moves:
+        stays, moves = min(stays, 64), heads
+    elif not keys_stay:
+        stays = max(stays, heads)
     limit = SHARED_KB.get(arch, 99) * 1024
     row_bytes = block_d * dtype.itemsize
-    while 2 * (block_m + block_n + (stages - 1) * max(block_m, block_n)) * row_bytes > limit:
+    while 2 * (stays + moves + (stages - 1) * max(stays, moves)) * row_bytes > limit:
         if stages > 1:
             stages -= 1
+        elif keys_stay:
+            stays //= 2
         else:
-            block_n //= 2
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
+            moves //= 2
+    config = {
+        "BLOCK_M": moves if keys_stay else stays,
+        "BLOCK_N": stays if keys_stay else moves,
         "BLOCK_D": block_d,
-        "EDGE_STAGES": None if arch[0] in (9, 10) else 1,
+        "EDGE_STAGES": 2 if wgmma else 1,
         "num_warps": 8,
         "num_stages": stages,
     }
+    return config | {"SETTLED": wgmma and stays >= 64} if keys_stay else config
+
+
+def max_group(head_dim: int) -> int:
+    """The largest group whose rows of one token fit, twice and in float32, into 99 KiB."""
+    return 64 if head_dim <= 128 else 32
 
 
 def prefill_attention_backward(
@@ -272,44 +297,51 @@ def prefill_attention_backward(
         return
     group = q_heads // kv_heads
     arch = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
-    config = tile_config(head_dim, group, q.dtype, arch)
-    config |= {"CAUSAL": causal, "GROUP": group, "HEAD_DIM": head_dim}
+    shape = {"CAUSAL": causal, "GROUP": group, "HEAD_DIM": head_dim}
+    rows_stay, keys_stay = (
+        shape | tile_config(head_dim, group, q.dtype, arch, keys_stay=stay)
+        for stay in (False, True)
+    )
     window = NO_WINDOW if window is None else min(window, NO_WINDOW)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     delta = torch.empty_like(lse)
-    tiles = tokens // (config["BLOCK_M"] // group) + batch
-    key_tiles = tokens // config["BLOCK_N"] + batch
+    tiles = tokens // (rows_stay["BLOCK_M"] // group) + batch
+    key_tiles = tokens // keys_stay["BLOCK_N"] + batch
     with torch.cuda.device_of(q):  # Triton launches on the current device
         prefill_attention_d_q_kernel[(tiles * kv_heads,)](
             q, k, v, d_out, out, lse, d_lse, delta, d_q, cu_seqlens, starts,
-            batch, tiles, kv_heads, window, scale, *strides, **config,
+            batch, tiles, kv_heads, window, scale, *strides, **rows_stay,
         )  # fmt: skip
         prefill_attention_d_kv_kernel[(key_tiles * kv_heads,)](
             q, k, v, d_out, lse, delta, d_k, d_v, cu_seqlens, starts,
-            batch, kv_heads, window, scale, *strides, **config,
+            batch, kv_heads, window, scale, *strides, **keys_stay,
         )  # fmt: skip
 
 
 def codegen_cases(arch: tuple[int, int]) -> list[dict]:
-    """What benchmarks/codegen.py compiles for `arch`: Mistral 7B's heads, 32 and 8 of 128."""
+    """What benchmarks/codegen.py compiles for `arch`: Mistral 7B's heads, and wider ones."""
     floats = {"out_ptr", "lse_ptr", "d_lse_ptr", "delta_ptr"}
-    constants = {"CAUSAL": True, "GROUP": 4, "HEAD_DIM": 128}
-    constants |= tile_config(128, 4, torch.bfloat16, arch)
     cases = []
-    for kernel in (prefill_attention_d_q_kernel, prefill_attention_d_kv_kernel):
+    for head_dim, kernel in itertools.product(
+        (128, 256), (prefill_attention_d_q_kernel, prefill_attention_d_kv_kernel)
+    ):
         signature = {"cu_seqlens_ptr": "*i32", "scale": "fp32"}
         for name in kernel.arg_names[: kernel.arg_names.index("CAUSAL")]:
             if name in signature or name == "starts_ptr":
                 continue
             pointer = "*fp32" if name in floats else "*bf16"
             signature[name] = pointer if name.endswith("_ptr") else "i32"
+        constants = {"CAUSAL": True, "GROUP": 4, "HEAD_DIM": head_dim}
+        keys_stay = kernel is prefill_attention_d_kv_kernel
+        constants |= tile_config(head_dim, 4, torch.bfloat16, arch, keys_stay=keys_stay)
+        wide = constants["BLOCK_N" if keys_stay else "BLOCK_M"] >= 64
         cases.append(
             {
-                "case": "bf16",
+                "case": f"bf16 {head_dim}",
                 "kernel": kernel,
                 "signature": signature,
                 "constexprs": constants,
-                "due": ("wgmma" if arch[0] == 9 else "mma", "cp_async"),
+                "due": ("wgmma" if arch[0] == 9 and wide else "mma", "cp_async"),
             }
         )
     return cases

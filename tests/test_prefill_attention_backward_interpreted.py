@@ -1,6 +1,7 @@
 """The gradients of prefill_attention by Triton in the interpreter, on tiles that few keys cross."""
 
 import functools
+import itertools
 
 import gradients
 import pytest
@@ -29,8 +30,8 @@ def tiles_of(kernel, monkeypatch):
     shipped = kernel.tile_config
 
     def patch(block_m: int, block_n: int) -> None:
-        def tile_config(*call):
-            return shipped(*call) | {"BLOCK_M": block_m, "BLOCK_N": block_n}
+        def tile_config(*call, **keys):
+            return shipped(*call, **keys) | {"BLOCK_M": block_m, "BLOCK_N": block_n}
 
         monkeypatch.setattr(kernel, "tile_config", tile_config)
 
@@ -61,7 +62,7 @@ def check(offsets: list[int], dtype: torch.dtype, heads: Heads = GROUPED, **how)
 OFFSETS = [0, 37, 37, 38, 54]
 
 
-@pytest.mark.parametrize("window", [1, 7, 15, 16, 17, 33, None])
+@pytest.mark.parametrize("window", [1, 15, 16, 17, 33, None])
 def test_windows_around_tiles(window, tiles):
     check(OFFSETS, torch.float32, window=window)
 
@@ -78,7 +79,7 @@ def test_without_a_mask(dtype, tiles):
     check([0, 33, 36], dtype, causal=False)
 
 
-@pytest.mark.parametrize("heads", [Heads(3, 1, 16), Heads(5, 1, 80), Heads(2, 2, 128)], ids=str)
+@pytest.mark.parametrize("heads", [Heads(3, 1, 16), Heads(5, 1, 80), Heads(2, 1, 256)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_heads(heads, dtype):
     check([0, 21, 40], dtype, heads, window=9)
@@ -132,30 +133,52 @@ def test_layouts(layout):
         assert_same(got, want, f"gradient of {name}")
 
 
+def test_two_runs_give_the_same_bits(tiles):
+    def found() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        function = both_outputs(run("triton", OFFSETS, window=21))
+        return gradients.gradients(function, inputs(OFFSETS[-1]), torch.bfloat16)
+
+    for name, got, want in zip("qkv", found(), found(), strict=True):
+        assert_same(got, want, f"gradient of {name}")
+
+
+def test_a_sequence_has_the_bits_it_has_alone(tiles):
+    given = inputs(OFFSETS[-1])
+
+    def found(offsets: list[int], given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        function = run("triton", offsets, window=9, batch_invariant=True)
+        return gradients.gradients(lambda q, k, v: function(q, k, v)[0][-16:], given, torch.float32)
+
+    whole = found(OFFSETS, given)
+    alone = found([0, 16], {name: part[-16:] for name, part in given.items()})
+    for name, got, want in zip("qkv", alone, whole, strict=True):
+        assert_same(got, want[-16:], f"gradient of {name}")
+
+
 def test_no_tokens():
     found = gradients.gradients(both_outputs(run("triton", [0, 0])), inputs(0), torch.float32)
     assert [part.shape[0] for part in found] == [0, 0, 0]
 
 
-def test_head_dims_that_do_not_fit_take_the_reference(kernel):
+@pytest.mark.parametrize("fact", ["head_dim", "group"])
+def test_what_does_not_fit_takes_the_reference(fact, kernel):
     call = {"device_type": "cpu", "dtype": torch.bfloat16, "backend": "triton"}
-    for head_dim, backend in (
-        (kernel.MAX_HEAD_DIM, "triton"),
-        (kernel.MAX_HEAD_DIM + 1, "reference"),
-    ):
-        facts = (("head_dim", head_dim),)
-        assert dispatch.prefer("prefill_attention_backward", facts=facts, **call) == backend
+    facts = {"head_dim": 256, "group": kernel.max_group(256)}
+    for more, backend in ((0, "triton"), (1, "reference")):
+        taken = tuple((facts | {fact: facts[fact] + more}).items())
+        assert dispatch.prefer("prefill_attention_backward", facts=taken, **call) == backend
 
 
 @pytest.mark.parametrize("arch", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tile_config_fits_the_device(arch, dtype, kernel):
-    from mistral_kernels.kernels.prefill_attention import MAX_GROUP
-
-    for head_dim in (1, 80, kernel.MAX_HEAD_DIM):
-        for group in (1, 4, 7, MAX_GROUP):
-            config = kernel.tile_config(head_dim, group, dtype, arch)
+    limit = kernel.SHARED_KB.get(arch, 99) * 1024
+    for head_dim, keys_stay in itertools.product((1, 80, 128, 256), (False, True)):
+        for group in (1, 4, 7, kernel.max_group(head_dim)):
+            config = kernel.tile_config(head_dim, group, dtype, arch, keys_stay=keys_stay)
             block_m, block_n, block_d = (config[f"BLOCK_{name}"] for name in "MND")
             assert block_m >= max(group, 16) and block_n >= 16 and block_d >= max(head_dim, 16)
-            rows = 2 * block_m + 2 * block_n * config["num_stages"]
-            assert rows * block_d * dtype.itemsize <= kernel.SHARED_KB.get(arch, 99) * 1024
+            moves = block_m if keys_stay else block_n
+            rows = 2 * (block_m + block_n) + 2 * moves * (config["num_stages"] - 1)
+            assert rows * block_d * dtype.itemsize <= limit

@@ -211,10 +211,11 @@ def _triton_refuses(facts: dict[str, int]) -> str | None:
 
 
 def _backward_triton_refuses(facts: dict[str, int]) -> str | None:
-    from mistral_kernels.kernels.prefill_attention_backward import MAX_HEAD_DIM
+    from mistral_kernels.kernels.prefill_attention_backward import max_group
 
-    if facts.get("head_dim", 0) > MAX_HEAD_DIM:
-        return f"it takes head_dim up to {MAX_HEAD_DIM}, got {facts['head_dim']}"
+    group, head_dim = facts.get("group", 0), facts.get("head_dim", 0)
+    if group > (largest := max_group(head_dim)):
+        return f"it takes group up to {largest} at head_dim {head_dim}, got {group}"
     return _triton_refuses(facts)
 
 
