@@ -14,8 +14,16 @@ PACKAGE = ROOT / "mistral_kernels"
 SHARED = {"__init__", "dispatch", "checks", "ring", "masked_attention"}
 OPS = sorted(path.stem for path in (PACKAGE / "ops").glob("*.py") if path.stem not in SHARED)
 # Files of kernels/ that are no op: what several kernels share, or the steps of one op.
-SHARED_KERNELS = {"cache_elements", "key_splits", "expert_plan", "expert_combine"}
-SHARED_KERNELS |= {"matrix_product"}
+SHARED_KERNELS = {
+    "attention_combine",
+    "attention_gradient_tiles",
+    "attention_tiles",
+    "cache_elements",
+    "expert_combine",
+    "expert_plan",
+    "key_splits",
+    "matrix_product",
+}
 CODE = ("cpp", "cu", "cuh", "h")
 LIBRARY = ("kernels", "mistral_kernels/ops", "mistral_kernels/model")
 # A module of the package imports none of a higher rank. Names of mistral_kernels/__init__.py rank

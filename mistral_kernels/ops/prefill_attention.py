@@ -108,13 +108,17 @@ def prefill_attention_reference(
     return out, lse
 
 
+def _refuse_cache(k_cache: Tensor | None) -> None:
+    if k_cache is not None:
+        raise RuntimeError("prefill_attention: it has no backward with k_cache; detach q, k and v")
+
+
 def prefill_attention_backward(
     grads: list[Tensor], q, k, v, cu_seqlens, k_cache, _v_cache, _table, _context, starts,
     window, causal, scale, *_,
 ):  # fmt: skip
     """Gradients of the cache-less form: p recomputed, then the chain rule through the softmax."""
-    if k_cache is not None:
-        raise RuntimeError("prefill_attention: it has no backward with k_cache; detach q, k and v")
+    _refuse_cache(k_cache)
     dtype = compute_dtype(q.dtype)
     d_q, d_k, d_v = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
     for b, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
@@ -172,6 +176,49 @@ def _prefill_attention_cpu(
     return out, lse
 
 
+def _prefill_attention_triton(q, *inputs):
+    from mistral_kernels.kernels import prefill_attention as kernel
+
+    out, lse = empty_outputs(q)
+    kernel.prefill_attention(q, *inputs, out, lse)
+    return out, lse
+
+
+def _prefill_attention_backward_triton(grads: list[Tensor], *inputs):
+    from mistral_kernels.kernels import prefill_attention as forward
+    from mistral_kernels.kernels import prefill_attention_backward as kernel
+
+    q, k, v, cu_seqlens, k_cache, _, _, _, starts, window, causal, scale, *_ = inputs
+    _refuse_cache(k_cache)
+    out = q.new_empty(q.shape, dtype=torch.float32)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    forward.prefill_attention(*inputs, out, lse)
+    d_out, d_lse = (grad.contiguous() for grad in grads)  # autograd hands over expanded scalars too
+    d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
+    kernel.prefill_attention_backward(
+        q, k, v, d_out, out, lse, d_lse, cu_seqlens, starts, window, causal, scale, d_q, d_k, d_v
+    )
+    return d_q, d_k, d_v
+
+
+def _triton_refuses(facts: dict[str, int]) -> str | None:
+    from mistral_kernels.kernels.prefill_attention import MAX_GROUP, MAX_HEAD_DIM
+
+    for fact, largest in (("head_dim", MAX_HEAD_DIM), ("group", MAX_GROUP)):
+        if facts.get(fact, 0) > largest:
+            return f"it takes {fact} up to {largest}, got {facts[fact]}"
+    return None
+
+
+def _backward_triton_refuses(facts: dict[str, int]) -> str | None:
+    from mistral_kernels.kernels.prefill_attention_backward import max_group
+
+    group, head_dim = facts.get("group", 0), facts.get("head_dim", 0)
+    if group > (largest := max_group(head_dim)):
+        return f"it takes group up to {largest} at head_dim {head_dim}, got {group}"
+    return _triton_refuses(facts)
+
+
 def _facts(q, k, v, cu_seqlens, k_cache, *_):
     kv = k if k is not None else k_cache
     facts = (("head_dim", q.shape[2]), ("group", q.shape[1] // max(1, kv.shape[-2])))
@@ -211,11 +258,18 @@ _prefill_attention = define(
     " float scale, Tensor? k_scale, Tensor? v_scale, bool batch_invariant",
     "(Tensor, Tensor)",
     fake=empty_outputs,
-    cells={"reference": prefill_attention_reference, "cpu": Cell(_prefill_attention_cpu)},
+    cells={
+        "reference": prefill_attention_reference,
+        "cpu": Cell(_prefill_attention_cpu),
+        "triton": Cell(_prefill_attention_triton, refuses=_triton_refuses),
+    },
     facts=_facts,
     check_values=_check_values,
     differentiable=("q", "k", "v"),
-    backward=prefill_attention_backward,
+    backward={
+        "reference": prefill_attention_backward,
+        "triton": Cell(_prefill_attention_backward_triton, refuses=_backward_triton_refuses),
+    },
 )
 
 
