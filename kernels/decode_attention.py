@@ -29,7 +29,7 @@ from mistral_kernels.kernels.key_splits import (
     plan,
     reduce_partials,
     store_outputs,
-    workspace_bytes,
+    workspace_for,
 )
 
 MAX_HEAD_DIM = 256
@@ -281,7 +281,7 @@ def _constants(group, page_size, interleaved, head_dim, cache_dtype, arch) -> di
 
 
 @functools.cache
-def _processor(device: torch.device) -> tuple[tuple[int, int], int]:
+def processor(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability and the number of blocks that run at once."""
     if device.type != "cuda":  # the interpreter takes any configuration
         return (8, 0), 2 * 108
@@ -323,20 +323,12 @@ def decode_attention(
     pairs, group = batch * kv_heads, q_heads // kv_heads
     if pairs == 0:
         return
-    arch, slots = _processor(q.device)
+    arch, slots = processor(q.device)
     one_page = 0 if pages_per_seq == 1 else page_size
     constants = _constants(group, one_page, interleaved, head_dim, k_cache.dtype, arch)
     width = capacity if window is None else min(window, capacity)
     cut = plan(pairs, width, constants["BLOCK_N"], None if batch_invariant else slots)
-    if cut.splits > 1:
-        needed = workspace_bytes(pairs, cut.splits, group, head_dim)
-        if workspace is None:
-            workspace = q.new_zeros(needed, dtype=torch.uint8)
-        elif workspace.numel() < needed:
-            raise ValueError(
-                f"decode_attention: workspace must have at least {needed} bytes for this call,"
-                f" got {workspace.numel()}"
-            )
+    workspace = workspace_for(q, workspace, pairs, cut, group, head_dim)
     if k_cache.dtype == torch.float8_e4m3fn:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     with torch.cuda.device_of(q):  # Triton launches on the current device

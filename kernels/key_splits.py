@@ -13,6 +13,7 @@ block that counts last reads them past L1 and adds them up, oldest split first.
 import functools
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -64,6 +65,32 @@ def workspace_bytes(pairs: int, splits: int, group: int, head_dim: int) -> int:
     partials = 4 * pairs * splits * group * (head_dim + 2)
     counters = 4 * pairs + 16  # the share is cut to a multiple of 16
     return max(counters * SHARE, triton.cdiv(partials * SHARE, SHARE - 1))
+
+
+def workspace_for(
+    q: torch.Tensor,
+    workspace: torch.Tensor | None,
+    pairs: int,
+    cut: Plan,
+    group: int,
+    head_dim: int,
+) -> torch.Tensor | None:
+    """The caller's workspace, a new one where there is none, or None if `cut` has one split only.
+
+    Raises:
+        ValueError: workspace is too small.
+    """
+    if cut.splits == 1:
+        return None
+    needed = workspace_bytes(pairs, cut.splits, group, head_dim)
+    if workspace is None:
+        return q.new_zeros(needed, dtype=torch.uint8)
+    if workspace.numel() < needed:
+        raise ValueError(
+            f"decode_attention: workspace must have at least {needed} bytes for this call,"
+            f" got {workspace.numel()}"
+        )
+    return workspace
 
 
 @triton.jit

@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 #include <vector_functions.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "emulator.h"
@@ -110,6 +111,9 @@ template <typename T>
 T __ldg(const T* from) {
   return *from;
 }
+
+using std::max;
+using std::min;
 
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 
