@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from emulator.orders import ORDERS, ordered
 
 from mistral_kernels.ops import dispatch
 
@@ -115,6 +116,15 @@ def device(target: Target) -> str:
 def each_instruction_set(request, monkeypatch) -> None:
     """Runs a test of the C++ core once for each instruction set that the machine has."""
     use_instruction_set(monkeypatch, request.param)
+
+
+@pytest.fixture(params=ORDERS)
+def orders(request):
+    """Runs a test of emulated kernels once for each order of blocks and threads."""
+    from emulator.host_build import emulated_core  # wants pybind11, which tests alone need
+
+    with ordered(emulated_core().__file__, request.param):
+        yield request.param
 
 
 @pytest.fixture

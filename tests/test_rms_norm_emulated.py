@@ -1,12 +1,11 @@
 """The shipped csrc/cuda/rms_norm.cu on the host emulator, plainly and under sanitizers."""
 
-import sys
-
 import oracle
 import peer
 import pytest
 import torch
-from emulator.host_build import CORE_VARIABLE, build_core, emulated_core, missing, run_sanitized
+from emulator.guard_bands import GuardBands
+from emulator.host_build import emulated_core, missing, run_tests_sanitized
 from launcher import launch_rms_norm
 from tolerance import assert_close, assert_same
 
@@ -14,23 +13,15 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-GUARD = 64  # elements before and behind an output that must stay NaN
-
-
-def guarded(tokens: int, hidden: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """An output of NaN in the middle of a longer buffer of NaN; returns (output, buffer)."""
-    buffer = torch.full((tokens * hidden + 2 * GUARD,), torch.nan, dtype=dtype)
-    return buffer[GUARD : GUARD + tokens * hidden].view(tokens, hidden), buffer
 
 
 def emulate(x, weight, residual=None, device=0):
-    """(normed, summed) by the CUDA kernel; checks that nothing beside them was written."""
-    normed, normed_buffer = guarded(*x.shape, x.dtype)
-    summed, summed_buffer = guarded(*x.shape, x.dtype)
-    launch = emulated_core().rms_norm_cuda
-    launch_rms_norm(launch, x, weight, residual, normed, summed, EPS, device, 0)
-    for buffer in (normed_buffer, summed_buffer):
-        assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()
+    """(normed, summed) by the CUDA kernel; checks that nothing else was written."""
+    with GuardBands() as guard:
+        normed, summed = guard.output(x.shape, x.dtype), guard.output(x.shape, x.dtype)
+        launch = emulated_core().rms_norm_cuda
+        arguments = guard(x), guard(weight), guard(residual), normed, summed
+        launch_rms_norm(launch, *arguments, EPS, device, 0)
     return normed, summed
 
 
@@ -42,7 +33,7 @@ def check(normed, x, weight):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", [1, 7, 64, 1000, 4096])
 @pytest.mark.parametrize("tokens", [0, 1, 3])
-def test_rms_norm(tokens, hidden, dtype):
+def test_rms_norm(tokens, hidden, dtype, orders):
     x, weight = torch.randn(tokens, hidden).to(dtype), torch.randn(hidden).to(dtype)
     normed, summed = emulate(x, weight)
     check(normed, x, weight)
@@ -52,7 +43,7 @@ def test_rms_norm(tokens, hidden, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", [1, 7, 64, 1000, 4096])
 @pytest.mark.parametrize("tokens", [0, 1, 3])
-def test_add_rms_norm(tokens, hidden, dtype):
+def test_add_rms_norm(tokens, hidden, dtype, orders):
     x, residual = (torch.randn(tokens, hidden).to(dtype) for _ in range(2))
     weight = torch.randn(hidden).to(dtype)
     normed, summed = emulate(x, weight, residual)
@@ -79,7 +70,4 @@ def test_an_unknown_device_is_an_error_that_names_the_op():
 
 
 def test_under_address_and_undefined_behaviour_sanitizers():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "not sanitizers"]
-    library = str(build_core(sanitize=True))
-    result = run_sanitized(command, **{CORE_VARIABLE: library}, OMP_NUM_THREADS="1")
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_tests_sanitized(__file__)

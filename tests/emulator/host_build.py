@@ -1,11 +1,14 @@
 """Builds the shipped .cu files for the host: g++ instead of nvcc, fibers instead of a GPU."""
 
 import atexit
+import fcntl
+import hashlib
 import importlib.machinery
 import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +17,22 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
+from emulator.kernels import declared_kernels, launched_kernels
 
 EMULATOR = Path(__file__).parent
 CSRC = EMULATOR.parent.parent / "csrc"
-FLAGS = "-g -std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wno-attributes".split()
+BINDINGS = CSRC / "bindings.cpp"
+# What is built is kept, and shared with the other processes of a test run.
+BUILD = EMULATOR.parent.parent / "build" / "emulator"
+FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing".split()
+FLAGS += "-Wall -Wno-attributes -Wno-unknown-pragmas".split()
+# The assembler does not like the type of the sections of __shared__ variables in templates.
+FLAGS += ["-Wa,--no-warn"]
 # Whatever reads or writes where it should not ends the process.
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-# A library built elsewhere, for the run under sanitizers (test_rms_norm_emulated.py).
+# For the run under sanitizers: the library to load, the file for the names of kernels that ran.
 CORE_VARIABLE = "MISTRAL_KERNELS_EMULATED_CORE"
+LAUNCHED_VARIABLE = "MISTRAL_KERNELS_EMULATED_KERNELS"
 
 
 def toolkit_include() -> Path | None:
@@ -38,48 +49,64 @@ def missing() -> str | None:
 
 
 @cache
-def build_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="emulator-"))
-    atexit.register(shutil.rmtree, folder)
-    return folder
+def headers() -> bytes:
+    """All that the sources might include from this repository."""
+    files = [*CSRC.rglob("*.*h"), *EMULATOR.rglob("*.*h")]
+    return b"".join(path.read_bytes() for path in sorted(files))
+
+
+def once(folder: Path, kind: str, command: list, content: bytes) -> Path:
+    """Runs `command -o FILE` unless that was done before with the same command and content, here
+    or by another process; returns the file."""
+    digest = hashlib.sha256(repr([*map(str, command)]).encode() + content).hexdigest()[:20]
+    target = BUILD / folder / f"{digest}{kind}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            unfinished = target.with_suffix(".part")
+            subprocess.run([*command, "-o", unfinished], check=True)
+            unfinished.rename(target)
+    return target
 
 
 @cache
 def compile_object(source: Path, sanitize: bool) -> Path:
-    target = build_folder() / f"{source.name}{'.asan' if sanitize else ''}.o"
     ours = [EMULATOR / "include", CSRC]
     others = [pybind11.get_include(), sysconfig.get_path("include"), toolkit_include()]
-    command = ["g++", *FLAGS, *(["-O1", *SANITIZERS] if sanitize else ["-O2"])]
+    # What only passes arguments on is most of the compiler's work, and is built once and quickly.
+    level = ["-O0"] if source == BINDINGS else ["-g", "-O1", *SANITIZERS] if sanitize else ["-O2"]
+    command = ["g++", *FLAGS, *level]
     command += [f"-I{path}" for path in ours] + [f"-isystem{path}" for path in others]
     command += ['-DMISTRAL_KERNELS_CUDA="emulator"', "-DMISTRAL_KERNELS_PATHS(...)="]
-    subprocess.run([*command, "-x", "c++", "-c", source, "-o", target], check=True)
-    return target
+    command += ["-x", "c++", "-c", source]
+    return once(Path(source.stem), ".o", command, source.read_bytes() + headers())
 
 
 @cache
 def build(name: str, *sources: Path, sanitize: bool = False) -> Path:
     """Compiles `sources` and the emulator into the Python extension `name`; returns its file."""
-    sources = (*sources, EMULATOR / "emulator.cpp")
+    sources = (*sources, *sorted(EMULATOR.glob("*.cpp")))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_object, sources, [sanitize] * len(sources)))
-    folder = build_folder() / ("asan" if sanitize else "plain")
-    folder.mkdir(exist_ok=True)
-    target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    flags = SANITIZERS if sanitize else []
-    subprocess.run(["g++", *flags, "-shared", *objects, "-o", target], check=True)
-    return target
+    script = EMULATOR / "shared_memory.ld"
+    command = ["g++", *(SANITIZERS if sanitize else []), "-shared", *objects, f"-Wl,-T,{script}"]
+    # The file's name only has to end as an extension's does; `load` says the module's.
+    return once(Path(name), ".so", command, script.read_bytes())
 
 
 def build_core(*, sanitize: bool = False) -> Path:
     """Builds csrc/ as setup.py does, without the CPU kernels."""
-    sources = sorted([*CSRC.glob("*.cpp"), *CSRC.rglob("*.cu")])
-    return build("_C", *sources, sanitize=sanitize)
+    return build("_C", BINDINGS, *sorted(CSRC.rglob("*.cu")), sanitize=sanitize)
 
 
 @cache
 def emulated_core() -> ModuleType:
     """The extension `_C` whose CUDA kernels take CPU pointers, device 0 and stream 0."""
-    return load("_C", Path(os.environ.get(CORE_VARIABLE) or build_core()))
+    library = Path(os.environ.get(CORE_VARIABLE) or build_core())
+    if names := os.environ.get(LAUNCHED_VARIABLE):
+        atexit.register(lambda: Path(names).write_text("\n".join(launched_kernels(library))))
+    return load("_C", library)
 
 
 def load(name: str, path: Path) -> ModuleType:
@@ -107,3 +134,16 @@ def run_sanitized(command: list[str], **environment: str) -> subprocess.Complete
     return subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, timeout=600
     )
+
+
+def run_tests_sanitized(test_file: str) -> None:
+    """Runs all of `test_<op>_emulated.py` but its test of sanitizers under both of them, and checks
+    that every kernel of `csrc/cuda/<op>.cu` ran there."""
+    op = Path(test_file).stem.removeprefix("test_").removesuffix("_emulated")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", test_file, "-k", "not sanitizers"]
+    with tempfile.NamedTemporaryFile("r") as names:
+        environment = {CORE_VARIABLE: str(build_core(sanitize=True)), LAUNCHED_VARIABLE: names.name}
+        result = run_sanitized(command, **environment, OMP_NUM_THREADS="1")
+        assert result.returncode == 0, result.stdout + result.stderr
+        missed = declared_kernels(CSRC / "cuda" / f"{op}.cu") - set(names.read().split())
+    assert not missed, f"kernels that no test launches: {missed}"

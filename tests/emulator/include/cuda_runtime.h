@@ -12,10 +12,11 @@
 
 #include "emulator.h"
 
-// One copy for all threads of a block, since blocks run one after another. Under AddressSanitizer
-// it has red zones. `extern __shared__` has no such form: see cuda/dynamic_shared.cuh.
+// One address for all blocks, in a section that the linker gathers (shared_memory.ld): the emulator
+// swaps its contents with the block. GCC's `noinit` names the section even within templates, which
+// `section` does not. `extern __shared__` has no such form: see cuda/dynamic_shared.cuh.
 #undef __shared__
-#define __shared__ static
+#define __shared__ static __attribute__((noinit))
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 
@@ -120,7 +121,8 @@ inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
-  return emulator::run_grid(*config, [&] { kernel(static_cast<Params>(args)...); });
+  return emulator::run_grid(*config, reinterpret_cast<const void*>(kernel),
+                            [&] { kernel(static_cast<Params>(args)...); });
 }
 
 template <typename... Params>

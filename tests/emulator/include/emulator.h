@@ -1,4 +1,5 @@
-// Runs the threads of a block as fibers (ucontext) of one host thread; blocks run one by one.
+// What the twins of CUDA's headers are made of: threads are fibers of one host thread, which
+// switch only in the functions below.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,9 +15,11 @@ extern uint3 blockIdx;
 extern dim3 blockDim;
 extern dim3 gridDim;
 
-// Calls `thread` once for every thread of the grid. Throws std::runtime_error for what would hang
-// or be undefined on a GPU: barriers that not all threads reach, shuffles with absent lanes.
-cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
+// Calls `thread` once for every thread of a grid of `kernel`. Throws std::runtime_error for what
+// would hang or be undefined on a GPU: barriers that not all threads reach, shuffles with absent
+// lanes.
+cudaError_t run_grid(const cudaLaunchConfig_t& config, const void* kernel,
+                     const std::function<void()>& thread);
 
 // Barriers. Threads that have returned count as arrived at the block's, as on the hardware.
 void sync_block();

@@ -6,6 +6,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <utility>
+
 #include "emulator.h"
 
 namespace mistral_kernels::cuda {
@@ -23,7 +25,7 @@ template <typename T>
 float element(uint32_t packed, int half) {
   const uint16_t bits = static_cast<uint16_t>(packed >> (16 * half));
   T value;
-  std::memcpy(&value, &bits, sizeof(value));
+  std::memcpy(static_cast<void*>(&value), &bits, sizeof(value));
   return static_cast<float>(value);
 }
 
