@@ -4,9 +4,8 @@
 // second pass over the row hits L1), 4 * hidden * itemsize with a residual (residual and summed on
 // top), and 4 * hidden operations (5 with a residual): bound by memory at every size. 4096 tokens
 // of hidden 4096 in bf16 are 67 MB, 134 MB with a residual. Its time is not measured.
-#include <stdexcept>
-
 #include "cuda/convert.cuh"
+#include "cuda/dispatch.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/vector.cuh"
@@ -18,6 +17,8 @@ namespace {
 constexpr int kThreads = 256;  // not measured; hidden 4096 in bf16 is two vectors a thread
 
 // Grid (tokens). A block owns one row; a thread owns every kThreads-th vector of it.
+// codegen: rms_norm_kernel<*, true> is due load_16
+// codegen: rms_norm_kernel<*, true> is due store_16
 template <typename T, bool kHasResidual, bool kWhole>
 __global__ void __launch_bounds__(kThreads)
     rms_norm_kernel(const T* __restrict__ x,         // (tokens, hidden)
@@ -90,16 +91,8 @@ void launch_rms_norm(const RmsNorm& args, void* stream) {
 void rms_norm(const RmsNorm& args, int device, void* stream) {
   if (args.tokens == 0) return;
   const DeviceGuard guard(device, "rms_norm");
-  switch (args.dtype) {
-    case Dtype::kFloat32:
-      return launch_rms_norm<float>(args, stream);
-    case Dtype::kBFloat16:
-      return launch_rms_norm<__nv_bfloat16>(args, stream);
-    case Dtype::kFloat16:
-      return launch_rms_norm<__half>(args, stream);
-    default:
-      throw std::invalid_argument("rms_norm: dtype must be float32, bfloat16 or float16");
-  }
+  with_dtype("rms_norm", args.dtype,
+             [&](auto element) { launch_rms_norm<decltype(element)>(args, stream); });
 }
 
 }  // namespace mistral_kernels::cuda
