@@ -9,14 +9,14 @@
 // which stay in L2.
 //
 // In flight: a block keeps two stages of 64 keys and values, 64 KB of cp.async at head_dim 128 in
-// bf16, and starts a half stage's next copies as soon as it has been read, so between 48 and 64 KB
-// are under way. Two blocks share a processor (70 KB of shared memory and at most 249 registers for
-// 128 threads each, 198 for head_dim 128): 96 KB or more, where 4.8 TB/s times 1 us of latency over
-// 132 processors want 36 KB (A100: 19 KB). sm_120, with 100 KB, holds one block: 48 KB for 10 KB.
+// bf16, and starts a half stage's next copies as soon as it has been read, so that 48 KB or more
+// are under way. Two blocks share a processor (70 KB of shared memory each; 128 threads of at most
+// 129 registers at head_dim 128 in bf16, 250 for 256): 96 KB, where 4.8 TB/s times 1 us of latency
+// over 132 processors want 36 (A100: 19). sm_120, with 100 KB, holds one block: 48 KB for 10.
 // Warps work alone, each on 16 of a tile's keys, so no barrier stands in the loop. A slice of 16
-// keys costs a warp some 250 instructions (bf16; 600 to 1000 in an 8-bit cache), a fifth of the
-// issue slots that its 8 KB leave on H200; fp8 to bf16 without conversion instructions would be
-// near the limit there.
+// keys costs a warp 470 instructions in bf16 on sm_90a, 120 cycles of a processor's four
+// schedulers, where its 8 KB take 480 cycles at 4 TB/s. In an 8-bit cache it is 990, and 250 cycles
+// for as many of the bytes: widening limits H200 there, the bytes A100 (390).
 #include <stdexcept>
 #include <type_traits>
 
@@ -36,14 +36,14 @@ namespace mistral_kernels::cuda {
 namespace {
 
 constexpr int kMaxSplits = 64;             // MAX_SPLITS of kernels/key_splits.py
-constexpr int kBytesInFlight = 64 * 1024;  // of a block; see the head of this file
+constexpr int kBytesInFlight = 64 * 1024;  // of a block; the head of this file says why
 constexpr float kLog2E = 1.44269504088896f;
 constexpr float kLn2 = 0.693147180559945f;
 
 template <typename T, typename Cache, int kHeadDim>
 struct KeyTile {
   using Slice = KeySlice<Cache, kHeadDim>;
-  // Rows of 512 bytes, two heads of 256 elements of 16 bits: fewer keys, so that two blocks fit.
+  // Fewer keys where rows have 512 bytes, so that two stages of them fit as well.
   static constexpr int kWarps = Slice::kRowBytes > 256 ? 2 : 4;
   static constexpr int kThreads = kWarps * kWarpThreads;
   static constexpr int kBlockN = kWarps * kSliceKeys;
@@ -60,25 +60,24 @@ struct KeyTile {
 
 // ---- Attention over the keys of a split, each warp on its own slices of 16.
 
-// The copies of one of the two caches.
+// The copies of slices of one of the two caches.
 template <typename Cache, int kHeadDim>
 struct SliceCopies {
-  using Slice = KeySlice<Cache, kHeadDim>;
   const char* head;
   int64_t page_bytes;
   int64_t row_bytes;
+  int width_bytes;  // of a row
 
-  __device__ SliceCopies(const Pages& pages, int64_t kv_head)
+  __device__ SliceCopies(const Pages& pages, int64_t kv_head, int64_t head_dim)
       : head(static_cast<const char*>(pages.data) + kv_head * pages.stride_head * sizeof(Cache)),
         page_bytes(pages.stride_page * sizeof(Cache)),
-        row_bytes(pages.stride_row * sizeof(Cache)) {}
+        row_bytes(pages.stride_row * sizeof(Cache)),
+        width_bytes(static_cast<int>(head_dim * sizeof(Cache))) {}
 
-  // Keys first .. stop - 1 of the 16 from `key` on.
-  __device__ void start(char* to, int64_t page, int64_t row, int key, int first, int stop,
-                        int64_t head_dim) const {
-    copy_slice<Slice>(to, head + page * page_bytes + row * row_bytes, row_bytes,
-                      static_cast<int>(head_dim * sizeof(Cache)),
-                      [=](int i) { return key + i >= first && key + i < stop; });
+  // `count` keys from the one on that lies `ahead` of the slice's first.
+  __device__ void start(char* to, int64_t page, int64_t row, int ahead, int count) const {
+    copy_slice<KeySlice<Cache, kHeadDim>>(to, head + page * page_bytes + row * row_bytes, row_bytes,
+                                          width_bytes, ahead, count);
   }
 };
 
@@ -162,35 +161,35 @@ __global__ void __launch_bounds__(KeyTile<T, Cache, kHeadDim>::kThreads, 2)
   if (static_cast<int>(blockIdx.y) >= work.live) return;
 
   // Start the first copies: they are what the block waits for.
-  const RingRows ring(args, work);
-  const SliceCopies<Cache, kHeadDim> k_copies(args.ring.k, work.head);
-  const SliceCopies<Cache, kHeadDim> v_copies(args.ring.v, work.head);
+  const SliceCopies<Cache, kHeadDim> k_copies(args.ring.k, work.head, head_dim);
+  const SliceCopies<Cache, kHeadDim> v_copies(args.ring.v, work.head, head_dim);
   const int warp = threadIdx.x / kWarpThreads;
   char* const stages = dynamic_shared<char>() + warp * Tile::kStages * Tile::kStageBytes;
   const bool has_new = args.k.data != nullptr;
   // The new key's row is put in from `newest`: its slot is being written.
   const int stop = has_new ? work.position : work.position + 1;
   const auto first_key = [=](int tile) { return tile * Tile::kBlockN + warp * kSliceKeys; };
-  // Where a tile's slice lies; without a visible key its table entry may be -1.
-  const auto page_of = [&](int tile) {
+  const auto seen = [=](int tile) {
     const int key = first_key(tile);
-    const bool seen = tile < work.end && key + kSliceKeys > work.first && key < stop;
-    return seen ? ring.page(key) : int64_t{0};
+    return tile < work.end && key + kSliceKeys > work.first && key < stop;
   };
-  const auto copy = [&](const SliceCopies<Cache, kHeadDim>& copies, char* to, int64_t page,
+  RingCursor cursor(args, work);
+  const auto copy = [&](const SliceCopies<Cache, kHeadDim>& copies, char* to, const RingCursor& at,
                         int tile) {
-    const int key = first_key(tile);
-    if (tile < work.end) copies.start(to, page, ring.row(key), key, work.first, stop, head_dim);
+    if (tile < work.end) {
+      const bool there = seen(tile);
+      copies.start(to, there ? at.page : 0, there ? at.row : 0, first_key(tile) - work.first,
+                   stop - work.first);
+    }
     commit_copies();
   };
-  int64_t pages[Tile::kStages];
-#pragma unroll
-  for (int i = 0; i < Tile::kStages; ++i) pages[i] = page_of(work.begin + i);
 #pragma unroll
   for (int i = 0; i < Tile::kStages; ++i) {
     char* stage = stages + i * Tile::kStageBytes;
-    copy(k_copies, stage, pages[i], work.begin + i);
-    copy(v_copies, stage + Tile::Slice::kBytes, pages[i], work.begin + i);
+    const int tile = work.begin + i;
+    cursor.advance(first_key(tile), Tile::kBlockN, seen(tile));
+    copy(k_copies, stage, cursor, tile);
+    copy(v_copies, stage + Tile::Slice::kBytes, cursor, tile);
   }
 
   // Turn q, and in the newest split the new key, which goes to the ring as it will be attended.
@@ -213,8 +212,10 @@ __global__ void __launch_bounds__(KeyTile<T, Cache, kHeadDim>::kThreads, 2)
     round_row<Cache, kHeadDim>(new_row(args.v), head_dim, v_scale, newest[1]);
     __syncthreads();
     if (work.first_head == 0) {
-      write_row(args.ring.k, ring, work, head_dim, newest[0]);
-      write_row(args.ring.v, ring, work, head_dim, newest[1]);
+      RingCursor slot(args, work);
+      slot.seek(work.position);
+      write_row(args.ring.k, slot, work.head, head_dim, newest[0]);
+      write_row(args.ring.v, slot, work.head, head_dim, newest[1]);
     }
   }
   __syncthreads();
@@ -230,7 +231,8 @@ __global__ void __launch_bounds__(KeyTile<T, Cache, kHeadDim>::kThreads, 2)
     char* const keys = stages + (tile - work.begin) % Tile::kStages * Tile::kStageBytes;
     char* const values = keys + Tile::Slice::kBytes;
     const bool puts = tile == new_tile && new_row >= 0 && new_row < kSliceKeys;
-    const int64_t page = page_of(tile + Tile::kStages);
+    const int next = tile + Tile::kStages;
+    cursor.advance(first_key(next), Tile::kBlockN, seen(next));
     wait_copies<2 * Tile::kStages - 1>();
     __syncwarp();
     if (puts) put_row<typename Tile::Slice>(keys, new_row, newest[0]);
@@ -238,7 +240,7 @@ __global__ void __launch_bounds__(KeyTile<T, Cache, kHeadDim>::kThreads, 2)
     float scores[4];
     score_slice<T, Cache, kHeadDim>(scores, keys, q);
     __syncwarp();  // all lanes have read what the next copies overwrite
-    copy(k_copies, keys, page, tile + Tile::kStages);
+    copy(k_copies, keys, cursor, next);
 
     const int key = first_key(tile) + threadIdx.x % kWarpThreads / 4;
     softmax.weigh(scores, score_scale, key, work.first, work.position);
@@ -248,7 +250,7 @@ __global__ void __launch_bounds__(KeyTile<T, Cache, kHeadDim>::kThreads, 2)
     __syncwarp();
     add_slice<T, Cache, kHeadDim>(softmax.sums, values, scores);
     __syncwarp();
-    copy(v_copies, values, page, tile + Tile::kStages);
+    copy(v_copies, values, cursor, next);
   }
 
   // Bring the warps together; the only live split has the result.

@@ -51,23 +51,31 @@ struct Work {
   }
 };
 
-// Where the rows of one head of one sequence lie.
-struct RingRows {
+// Where slices of 16 keys lie, one after another. They begin at multiples of 16, as pages do, so
+// none lies in two pages; a ring is whole pages, so it wraps where a page ends.
+struct RingCursor {
   const int32_t* table;
   uint32_t capacity;
   uint32_t page_size;
+  uint32_t row = 0;
+  int page = -1;  // none yet
 
-  __device__ RingRows(const DecodeAttention& args, const Work& work)
+  __device__ RingCursor(const DecodeAttention& args, const Work& work)
       : table(args.ring.block_table + work.sequence * args.ring.stride_table),
         capacity(static_cast<uint32_t>(args.ring.pages_per_seq * args.ring.page_size)),
         page_size(static_cast<uint32_t>(args.ring.page_size)) {}
 
-  // Slices begin at multiples of 16, as pages do, so a slice lies in one page.
-  __device__ int64_t page(uint32_t position) const {
-    return capacity == page_size ? table[0] : table[position % capacity / page_size];
+  __device__ void seek(uint32_t position) {
+    row = position % page_size;
+    page = capacity == page_size ? table[0] : table[position % capacity / page_size];
   }
-  // Whole pages make a ring, so its wrap is also a page's.
-  __device__ int64_t row(uint32_t position) const { return position % page_size; }
+
+  // Goes `step` on to the slice at `key`. Divisions and table wait until a page is used up. A slice
+  // that is not seen has no place: its entry of the table may be -1.
+  __device__ void advance(uint32_t key, uint32_t step, bool seen) {
+    row += step;
+    if (seen && (page < 0 || row >= page_size)) seek(key);
+  }
 };
 
 // Writes heads of `from`, turned by the angles of `position` unless there are none, times `factor`
@@ -111,13 +119,13 @@ __device__ void round_row(const T* from, int64_t head_dim, float scale, Cache* t
 }
 
 template <typename Cache>
-__device__ void write_row(const Pages& pages, const RingRows& ring, const Work& work,
+__device__ void write_row(const Pages& pages, const RingCursor& slot, int64_t head,
                           int64_t head_dim, const Cache* from) {
-  Cache* slot = static_cast<Cache*>(pages.data) + ring.page(work.position) * pages.stride_page +
-                ring.row(work.position) * pages.stride_row + work.head * pages.stride_head;
+  Cache* to = static_cast<Cache*>(pages.data) + slot.page * pages.stride_page +
+              slot.row * pages.stride_row + head * pages.stride_head;
   const int chunks = static_cast<int>(head_dim * sizeof(Cache)) / kChunkBytes;
   for (int i = threadIdx.x; i < chunks; i += blockDim.x) {
-    reinterpret_cast<uint4*>(slot)[i] = reinterpret_cast<const uint4*>(from)[i];
+    reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
   }
 }
 

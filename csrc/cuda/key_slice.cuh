@@ -38,19 +38,24 @@ struct KeySlice {
   }
 };
 
-// Starts the copies of the rows of the slice that `keep(row)` keeps; the others become zeros, and
-// so does what lies behind `row_bytes`. `from` is the slice's first row.
-template <typename Slice, typename Keep>
+// Starts the copies of the rows i of a slice for which 0 <= i + ahead < count; the others become
+// zeros, and so does what lies behind `row_bytes`. `from` is the slice's first row.
+template <typename Slice>
 __device__ void copy_slice(char* slice, const char* from, int64_t stride_row_bytes, int row_bytes,
-                           Keep keep) {
+                           int ahead, int count) {
+  static_assert(Slice::kChunks <= kWarpThreads, "a lane copies one column of chunks");
+  constexpr int kRows = kWarpThreads / Slice::kChunks;  // at a time
+  const int lane = threadIdx.x % kWarpThreads;
+  const int chunk = lane % Slice::kChunks;
+  const bool inside = chunk * kChunkBytes < row_bytes;
+  const auto kept = static_cast<unsigned>(inside ? max(count, 0) : 0);
+  from += lane / Slice::kChunks * stride_row_bytes + (inside ? chunk * kChunkBytes : 0);
 #pragma unroll
-  for (int i = 0; i < kSliceKeys * Slice::kChunks / kWarpThreads; ++i) {
-    const int index = i * kWarpThreads + threadIdx.x % kWarpThreads;
-    const int row = index / Slice::kChunks;
-    const int chunk = index % Slice::kChunks;
-    const bool kept = keep(row) && chunk * kChunkBytes < row_bytes;
-    const char* address = from + (kept ? row * stride_row_bytes + chunk * kChunkBytes : 0);
-    copy_async_16(slice + Slice::offset(row, chunk), address, kept);
+  for (int i = 0; i < kSliceKeys; i += kRows) {
+    const int row = i + lane / Slice::kChunks;
+    copy_async_16(slice + Slice::offset(row, chunk), from,
+                  static_cast<unsigned>(row + ahead) < kept);
+    from += kRows * stride_row_bytes;
   }
 }
 

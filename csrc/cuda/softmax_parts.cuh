@@ -9,14 +9,6 @@
 
 namespace mistral_kernels::cuda {
 
-__device__ inline float warp_max(float value) {
-#pragma unroll
-  for (int offset = kWarpThreads / 2; offset > 0; offset /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, offset));
-  }
-  return value;
-}
-
 // The score that weights are taken from: scores that are all -inf would give -inf - -inf, a NaN.
 __device__ inline float base_of(float top) { return top == -INFINITY ? 0.0f : top; }
 
