@@ -115,6 +115,13 @@ Ring ring(const RingFields& fields) {
           pages_per_seq, page_size, Dtype(dtype)};
 }
 
+using KeySplitsFields = std::tuple<Address, int64_t, int32_t, int32_t, int32_t, int32_t>;
+
+KeySplits key_splits(const KeySplitsFields& fields) {
+  const auto [workspace, counter_bytes, splits, most_splits, tiles_at_least, heads] = fields;
+  return {At{workspace}, counter_bytes, splits, most_splits, tiles_at_least, heads};
+}
+
 // from, to, heads, then the strides of tokens and heads of both.
 using RopeHeadsFields = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
@@ -165,11 +172,12 @@ DecodeAttention decode_attention_args(const HeadRowsFields& q, const HeadRowsFie
                                       Address cos, Address sin, int64_t stride_cos,
                                       int64_t stride_sin, Address q_scale, bool interleaved,
                                       int64_t batch, int64_t q_heads, int64_t kv_heads,
-                                      int64_t head_dim, int64_t window, float scale, int dtype) {
-  return {head_rows(q),  head_rows(k), head_rows(v), At{out}, At{lse},    ring(fields),
-          At{positions}, At{starts},   At{cos},      At{sin}, stride_cos, stride_sin,
-          At{q_scale},   interleaved,  batch,        q_heads, kv_heads,   head_dim,
-          window,        scale,        Dtype(dtype)};
+                                      int64_t head_dim, int64_t window, float scale, int dtype,
+                                      const KeySplitsFields& cut) {
+  return {head_rows(q),  head_rows(k), head_rows(v), At{out},        At{lse},    ring(fields),
+          At{positions}, At{starts},   At{cos},      At{sin},        stride_cos, stride_sin,
+          At{q_scale},   interleaved,  batch,        q_heads,        kv_heads,   head_dim,
+          window,        scale,        Dtype(dtype), key_splits(cut)};
 }
 
 RouteExperts route_experts_args(Address logits, Address positions, Address weights,
@@ -261,6 +269,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef MISTRAL_KERNELS_CUDA
   m.def("cuda_versions", &cuda_versions, "(driver, runtime), 13000 for 13.0; driver 0 if absent.");
   m.def("rms_norm_cuda", on_cuda(&rms_norm_args, &cuda::rms_norm), no_gil);
+  m.def("decode_attention_cuda", on_cuda(&decode_attention_args, &cuda::decode_attention), no_gil);
   m.def("rope_cuda", on_cuda(&rope_args, &cuda::rope), no_gil);
   m.def("store_kv_cuda", on_cuda(&store_kv_args, &cuda::store_kv), no_gil);
   m.def("route_experts_cuda", on_cuda(&route_experts_args, &cuda::route_experts), no_gil);

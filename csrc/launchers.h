@@ -119,6 +119,16 @@ struct PrefillAttention {
   Ring ring;
 };
 
+// How decode_attention on CUDA cuts the keys of a sequence, and where its partials go.
+struct KeySplits {
+  void* workspace;         // counters, one a block of splits, then partials; null: one split
+  int64_t counter_bytes;   // where partials begin; a multiple of 16
+  int32_t splits;          // of the grid, at least those of any sequence
+  int32_t most_splits;     // that a sequence may have
+  int32_t tiles_at_least;  // of a split
+  int32_t heads;           // of a group that a block works, 1 to 8
+};
+
 // One new token a sequence: rotates q and k, writes k and v to the ring, attends over the newest
 // `window` keys from max(0, starts) on. A row of negative position gets out 0 and lse -inf.
 struct DecodeAttention {
@@ -143,6 +153,7 @@ struct DecodeAttention {
   int64_t window;  // at most the ring's capacity
   float scale;
   Dtype dtype;
+  KeySplits cut;  // CUDA only
 };
 
 // The top_k largest logits of each row, lowest index first among equals, and their softmax.
@@ -237,6 +248,7 @@ MISTRAL_KERNELS_PATHS(MISTRAL_KERNELS_DECLARE, )
 namespace cuda {
 // Runs on `device` and its `stream` (a cudaStream_t). Throws std::runtime_error naming the op.
 void rms_norm(const RmsNorm& args, int device, void* stream);
+void decode_attention(const DecodeAttention& args, int device, void* stream);
 void rope(const Rope& args, int device, void* stream);
 void store_kv(const StoreKv& args, int device, void* stream);
 void route_experts(const RouteExperts& args, int device, void* stream);

@@ -40,6 +40,12 @@ class DeviceGuard {
 template <typename... Params, typename... Args>
 void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
             void* stream, Args... args) {
+  constexpr size_t kGranted = 48 * 1024;  // more has to be asked for
+  if (shared_bytes > kGranted) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          op);
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;

@@ -18,6 +18,7 @@ from mistral_kernels.ops.dispatch import (
     Cell,
     address,
     cpu_queue,
+    cuda_queue,
     define,
     device_capability,
     native_extension,
@@ -36,11 +37,21 @@ from mistral_kernels.ops.ring import (
 )
 from mistral_kernels.ops.rope import check_rope_positions, check_rope_tables, rope_reference
 
+# Of the CUDA kernel: the columns and the rows of a tensor cores' product.
+MMA_HEADS = 8
+PAGE_ROWS = 16
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
+NO_SPLITS = (0, 0, 0, 0, 0, 0)  # a KeySplits of nulls
+
+
+def _width(window: int | None, capacity: int) -> int:
+    """Keys that a token sees once there are as many."""
+    return capacity if window is None else min(window, capacity)
+
 
 def _key_range(position: int, start: int, capacity: int, window: int | None) -> tuple[int, int]:
     """Positions first..position that the newest token sees; empty when first > position."""
-    width = capacity if window is None else min(window, capacity)
-    return max(start, 0, position - width + 1), position
+    return max(start, 0, position - _width(window, capacity) + 1), position
 
 
 def decode_attention_reference(
@@ -90,14 +101,14 @@ def decode_attention_reference(
     return out, lse
 
 
-def _decode_attention_cpu(
-    q, k, v, k_cache, v_cache, block_table, positions, cos, sin, interleaved, window, starts,
-    q_scale, scale, k_scale, v_scale, *_,
-):  # fmt: skip
+def _launch(
+    launcher, queue, cut, q, k, v, k_cache, v_cache, block_table, positions, cos, sin, interleaved,
+    window, starts, q_scale, scale, k_scale, v_scale,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Calls the C++ or CUDA launcher; `cut` is the struct KeySplits, `queue` where it runs."""
     out, lse = empty_outputs(q)
     batch, q_heads, head_dim = q.shape
-    capacity = block_table.shape[1] * k_cache.shape[1]
-    native_extension().decode_attention_cpu(
+    launcher(
         head_rows(q),
         head_rows(k),
         head_rows(v),
@@ -116,12 +127,66 @@ def _decode_attention_cpu(
         q_heads,
         k_cache.shape[2],
         head_dim,
-        capacity if window is None else min(window, capacity),
+        _width(window, block_table.shape[1] * k_cache.shape[1]),
         scale,
         KERNEL_DTYPES.index(q.dtype),  # the order of csrc/dtype.h
-        *cpu_queue(),
+        cut,
+        *queue,
     )
     return out, lse
+
+
+def _decode_attention_cpu(*inputs):
+    *inputs, _, _ = inputs  # its splits need no workspace and depend on no batch
+    return _launch(native_extension().decode_attention_cpu, cpu_queue(), NO_SPLITS, *inputs)
+
+
+def _decode_attention_cuda(*inputs):
+    *inputs, workspace, batch_invariant = inputs
+    q, _, _, k_cache, _, block_table, _, _, _, _, window, *_ = inputs
+    width = _width(window, block_table.shape[1] * k_cache.shape[1])
+    # The workspace must outlive the launch, whoever made it: `cut` holds only its address.
+    workspace, cut = _key_splits(q, k_cache, width, workspace, batch_invariant)
+    return _launch(native_extension().decode_attention_cuda, cuda_queue(q.device), cut, *inputs)
+
+
+def _key_splits(
+    q: Tensor, k_cache: Tensor, width: int, workspace: Tensor | None, batch_invariant: bool
+) -> tuple[Tensor | None, tuple]:
+    """The workspace, and the struct KeySplits: a cut as the Triton kernel's, that both may share
+    a workspace."""
+    from mistral_kernels.kernels import decode_attention as kernel
+
+    batch, q_heads, head_dim = q.shape
+    _, page_size, kv_heads, _ = k_cache.shape
+    if page_size % PAGE_ROWS:  # a model does not ask `refuses` of every cache
+        raise ValueError(f"decode_attention: {_page_size_refused(page_size)}")
+    # A block works up to 8 heads of a group; larger groups are parted evenly.
+    group = q_heads // kv_heads
+    parts = -(-group // MMA_HEADS)
+    heads = -(-group // parts)
+    blocks = batch * kv_heads * parts
+    block_n = 32 if head_dim > 128 and k_cache.itemsize == 2 else 64  # kBlockN of the kernel
+    slots = None if batch_invariant else kernel.processor(q.device)[1]
+    cut = kernel.plan(max(blocks, 1), width, block_n, slots)
+    workspace = kernel.workspace_for(q, workspace, blocks, cut, heads, head_dim)
+    counter_bytes = 0 if workspace is None else kernel.counter_share(workspace.numel())
+    return workspace, (address(workspace), counter_bytes, *cut, heads)
+
+
+def _page_size_refused(page_size: int) -> str:
+    return f"it takes page_size that are multiples of {PAGE_ROWS}, got {page_size}"
+
+
+def _cuda_refuses(facts: dict[str, int]) -> str | None:
+    head_dim, page_size = facts.get("head_dim", 64), facts.get("page_size", 16)
+    if head_dim > 256 or head_dim % 8:
+        return f"it takes head_dim up to 256 that are multiples of 8, got {head_dim}"
+    if page_size % PAGE_ROWS:
+        return _page_size_refused(page_size)
+    if not facts.get("aligned", 1):
+        return "it takes rows of a cache and a workspace that begin at multiples of 16 bytes"
+    return None
 
 
 def _decode_attention_triton(q, *rest):
@@ -143,11 +208,17 @@ def _triton_refuses(facts: dict[str, int]) -> str | None:
     )
 
 
-def _facts(q, k, v, k_cache, *_):
+def _facts(q, k, v, k_cache, v_cache, *others):
+    workspace = others[-2]
+    starts = address(workspace) | k_cache.data_ptr() | v_cache.data_ptr()
+    for cache in (k_cache, v_cache):
+        for steps in (q.shape[2], *cache.stride()[:3]):
+            starts |= steps * cache.itemsize
     return (
         ("head_dim", q.shape[2]),
         ("group", q.shape[1] // k_cache.shape[2]),
         ("page_size", k_cache.shape[1]),
+        ("aligned", int(starts % 16 == 0)),  # what the CUDA kernel copies 16 bytes at a time
     )
 
 
@@ -181,6 +252,7 @@ _decode_attention = define(
         "reference": decode_attention_reference,
         "cpu": Cell(_decode_attention_cpu),
         "triton": Cell(_decode_attention_triton, refuses=_triton_refuses),
+        "cuda": Cell(_decode_attention_cuda, CUDA_DTYPES, refuses=_cuda_refuses),
     },
     facts=_facts,
     check_values=_check_values,
