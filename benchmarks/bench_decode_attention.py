@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from benchmarks.timing import Work
 from mistral_kernels import ops
+from mistral_kernels.ops.decode_attention import decode_attention_workspace_bytes
 
 OP = "decode_attention"
 
@@ -49,13 +50,17 @@ def test_decode_attention(bench, device, shape, dtype, backend):
         qkv = torch.randn(batch, q_heads + 2 * kv_heads, head_dim, dtype=dtype, device=device)
         # Head-major within a page, as the model's allocator lays a cache out.
         kv = torch.randn(2, batch, kv_heads, window, head_dim, dtype=dtype, device=device)
-        return *qkv.split((q_heads, kv_heads, kv_heads), 1), *kv.transpose(2, 3)
+        k_cache, v_cache = kv.transpose(2, 3)
+        how = {"q_heads": q_heads, "window": window, "dtype": dtype, "backend": backend}
+        size = decode_attention_workspace_bytes(k_cache, table, **how)
+        workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+        return *qkv.split((q_heads, kv_heads, kv_heads), 1), k_cache, v_cache, workspace
 
-    def run(q, k, v, k_cache, v_cache):
-        where = (k_cache, v_cache, table, positions)
-        return ops.decode_attention(q, k, v, *where, window=window, backend=backend)[0]
+    def run(q, k, v, k_cache, v_cache, workspace):
+        where, how = (k_cache, v_cache, table, positions), {"window": window, "backend": backend}
+        return ops.decode_attention(q, k, v, *where, workspace=workspace, **how)[0]
 
-    def by_sdpa(q, k, v, k_cache, v_cache):
+    def by_sdpa(q, k, v, k_cache, v_cache, workspace):
         k_cache[rows, slots], v_cache[rows, slots] = k, v
         parts = q[:, :, None], k_cache.transpose(1, 2), v_cache.transpose(1, 2)
         return functional.scaled_dot_product_attention(*parts, enable_gqa=True)

@@ -2,9 +2,12 @@
 
 A test module names its op as `OP = "rms_norm"`; each of its tests that takes `backend` or `device`
 runs once for every backend with a cell for that op that is available in this process: on CPU
-tensors, and, marked `gpu`, on CUDA tensors where there is a GPU. The `cpu` backend runs once for
-each instruction set that the machine has. With TRITON_INTERPRET=1 the Triton cells run on the CPU;
-those tests are marked `interpreter`. A test that takes `dtype` runs for each dtype served.
+tensors, and, marked `gpu`, on CUDA tensors. The `cpu` backend runs once for each instruction set
+that the machine has. With TRITON_INTERPRET=1 the Triton cells run on the CPU; those tests are
+marked `interpreter`. A test that takes `dtype` runs for each dtype served.
+
+Where there is no GPU, the tests of the `triton` and `cuda` cells on CUDA tensors are collected and
+skipped. What those cells return was filled with NaN before they ran.
 """
 
 import os
@@ -26,7 +29,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.skip_overflow_checks()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+KERNELS = ("triton", "cuda")  # backends that serve a GPU
+GPU = torch.cuda.is_available()
 
 CORE = dispatch.native_extension()
 INSTRUCTION_SETS = [] if isinstance(CORE, ImportError) else CORE.instruction_sets()
@@ -47,15 +51,17 @@ class Target(NamedTuple):
 def targets(op: str) -> list[Target]:
     """Return all places where `op` might run in this process."""
     found = []
-    for backend, device in product(dispatch.backends(op), DEVICES):
+    for backend, device in product(dispatch.backends(op), ("cpu", "cuda")):
         names = INSTRUCTION_SETS if backend == "cpu" and INSTRUCTION_SETS else [None]
         found += [Target(backend, device, name) for name in names]
     return found
 
 
 def serves(op: str, target: Target, dtype: torch.dtype) -> bool:
-    """Tell whether the target takes `op` on tensors of `dtype` in this process."""
+    """Tell whether the target takes `op` on tensors of `dtype`, in this process or on a GPU."""
     cuda = target.device == "cuda"
+    if cuda and not GPU:
+        return target.backend in KERNELS and dtype in dispatch.OPS[op][target.backend].dtypes
     chosen = dispatch.prefer(
         op,
         device_type=target.device,
@@ -91,14 +97,30 @@ def marks(target: Target) -> list[pytest.MarkDecorator]:
     return [pytest.mark.interpreter] if target.backend == "triton" else []
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in () if GPU else items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 def use_instruction_set(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(dispatch, "instruction_set", lambda: INSTRUCTION_SETS.index(name))
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fills new tensors with NaN and 2^31 - 1, so that what was not written is not read unseen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
 def target(request, monkeypatch) -> Target:
     if name := request.param.instruction_set:
         use_instruction_set(monkeypatch, name)
+    if request.param.backend in KERNELS:
+        request.getfixturevalue("poisoned_memory")
     return request.param
 
 

@@ -16,18 +16,10 @@ from tolerance import assert_close, assert_same
 
 from mistral_kernels.ops import dispatch, expert_mlp
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
 DTYPES = pytest.mark.parametrize("dtype", dispatch.KERNEL_DTYPES, ids=str)
 MODULE = sys.modules["mistral_kernels.ops.expert_mlp"]
 SKIPPED = torch.tensor([-1, 4, 2**31 - 1, -(2**31)], dtype=torch.int32)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fills new tensors with NaN and 2^31 - 1, so that what was not written is not read unseen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

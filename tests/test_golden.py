@@ -15,11 +15,12 @@ from mistral_kernels.tolerance import error, fp32_limit
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
 LAYOUTS = {"native": "mistral", "huggingface": "hf"}
-BACKENDS = [b for b in ("reference", "cpu") if dispatch.unavailable(b) is None]
+PLACES = [("cpu", b) for b in ("reference", "cpu") if dispatch.unavailable(b) is None]
+PLACES += [pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("triton", "cuda")]
 
 
-def load(case: str, layout: str, **kwargs) -> Transformer:
-    return Transformer.from_folder(GOLDEN / case / LAYOUTS[layout], device="cpu", **kwargs)
+def load(case: str, layout: str, device: str = "cpu", **kwargs) -> Transformer:
+    return Transformer.from_folder(GOLDEN / case / LAYOUTS[layout], device=device, **kwargs)
 
 
 def prompts_of(arrays) -> list[list[int]]:
@@ -33,14 +34,15 @@ def assert_golden(logits: list[Tensor], arrays, key: str, backend: str) -> None:
         assert error(got, expected).within(fp32_limit(backend)), (i, error(got, expected))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("device", "backend"), PLACES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
-def test_schedule_with_one_cache(case: str, layout: str, backend: str):
+def test_schedule_with_one_cache(case: str, layout: str, device: str, backend: str):
     arrays = np.load(GOLDEN / case / "golden.npz")
     prompts, lengths = prompts_of(arrays), arrays["n"].tolist()
-    model = load(case, layout, backend=backend)
-    cache = shuffle_pages(poison(model.new_cache(len(prompts), max(lengths), page_size=4)))
+    model = load(case, layout, device, backend=backend)
+    page_size = 4 if device == "cpu" else 16  # a multiple of 16 for the kernels
+    cache = shuffle_pages(poison(model.new_cache(len(prompts), max(lengths), page_size=page_size)))
     logits = feed_all(model, cache, prompts, arrays["schedule"].tolist())
     assert cache.lengths == lengths
     for key in [k for k in ("f64_", "hf", "mistral") if f"{k}0" in arrays]:

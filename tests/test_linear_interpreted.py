@@ -12,16 +12,8 @@ from torch.nn import functional
 
 from mistral_kernels.ops import dispatch, linear
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
 DTYPES = pytest.mark.parametrize("dtype", dispatch.KERNEL_DTYPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fills new tensors with NaN, so that what was not written does not look right."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -26,10 +26,6 @@ from mistral_kernels.verify import (
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYERS = 4  # of the embedded model
-needs_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
 
 
 def available_on(device: str) -> list[str]:
@@ -69,7 +65,7 @@ def break_decode(monkeypatch):
 # Whole models
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_embedded_model_passes_on_every_backend_here(device):
     rows, available = rows_of(device=device), available_on(device)
     assert list(rows) == list(dispatch.BACKENDS)
