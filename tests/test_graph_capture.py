@@ -141,8 +141,6 @@ def outputs(op: str, call: dict, backend: str) -> tuple[list[Tensor], list[Tenso
     schema = getattr(torch.ops.mistral_kernels, op).default._schema
     written = {argument.name for argument in schema.arguments if argument.is_write}
     written = [call[name] for name in sorted(written & call.keys() - {"workspace"})]
-    if not isinstance(returned, (tuple, Tensor)):
-        return [], written
     returned = [returned] if isinstance(returned, Tensor) else list(returned)
     return [out for out in returned if not any(out is other for other in written)], written
 
