@@ -3,7 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+
+#include "quantised.h"
 
 namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH {
 
@@ -17,21 +18,9 @@ struct Float16 {
 struct Int8 {
   int8_t bits;
 };
-struct Float8 {  // e4m3fn: no infinities, the largest number is 448
+struct Float8 {
   uint8_t bits;
 };
-
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 
 inline float to_float(float value) { return value; }
 
@@ -76,25 +65,14 @@ inline Float16 from_float<Float16>(float value) {
   return {static_cast<uint16_t>(sign | (value == value ? limited : 0x7e00u))};
 }
 
-// The two formats of a quantised cache saturate.
 template <>
 inline Int8 from_float<Int8>(float value) {
-  const float limited = value < -128.0f ? -128.0f : value < 127.0f ? value : 127.0f;
-  // Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits.
-  return {static_cast<int8_t>(bits_of(limited + 0x1.8p23f) & 0xffu)};
+  return {int8_of(value)};
 }
 
 template <>
 inline Float8 from_float<Float8>(float value) {
-  const uint32_t sign = (bits_of(value) >> 24) & 0x80u;
-  const float magnitude = float_of(bits_of(value) & 0x7fffffffu);
-  const float limited = magnitude < 448.0f ? magnitude : 448.0f;
-  const uint32_t bits = bits_of(limited);
-  // As for Float16: the bias changes by 120, and subnormal numbers have units of 2^-9.
-  const uint32_t normal = (bits - (120u << 23) + 0x7ffffu + ((bits >> 20) & 1u)) >> 20;
-  const uint32_t subnormal = bits_of(limited + 0x1p14f) - bits_of(0x1p14f);
-  const uint32_t finite = limited < 0x1p-6f ? subnormal : normal;
-  return {static_cast<uint8_t>(sign | (value == value ? finite : 0x7fu))};
+  return {float8_of(value)};
 }
 
 }  // namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH

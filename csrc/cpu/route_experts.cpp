@@ -5,21 +5,11 @@
 #include <cmath>
 
 #include "cpu/dispatch.h"
+#include "expert_rank.h"
 #include "launchers.h"
 
 namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH {
 namespace {
-
-// Where a logit stands among its row's: the larger rank is chosen first. Floats compare as their
-// bits do once those of negative numbers are turned over; NaN stands above all numbers, and of
-// equal logits (-0 and 0 among them) the lower expert. No two experts share a rank.
-inline uint64_t rank(float logit, uint32_t expert) {
-  const uint32_t bits = logit == logit ? bits_of(logit + 0.0f) : 0x7fc00000u;  // one 0, one NaN
-  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return uint64_t{ordered} << 32 | (~0u - expert);
-}
-
-inline uint32_t expert_of(uint64_t rank) { return ~0u - static_cast<uint32_t>(rank); }
 
 // Chooses one token's experts in falling rank. The last rank is all that has to be remembered of
 // those taken before, so no buffer bounds experts or top_k.
@@ -29,7 +19,7 @@ void choose_experts(const T* logits, int64_t experts, int64_t top_k, int32_t* ex
   for (int64_t slot = 0; slot < top_k; ++slot) {
     uint64_t best = 0;
     for (int64_t expert = 0; expert < experts; ++expert) {
-      const uint64_t found = rank(to_float(logits[expert]), static_cast<uint32_t>(expert));
+      const uint64_t found = rank_of(to_float(logits[expert]), static_cast<uint32_t>(expert));
       const uint64_t left = found < last ? found : 0;  // selects: a branch would be a coin's toss
       best = left > best ? left : best;
     }

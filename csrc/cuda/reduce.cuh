@@ -1,4 +1,4 @@
-// Sums over the threads of a block in a fixed order.
+// Sums in a fixed order, and maxima, over the threads of a warp or a block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,10 +9,22 @@ constexpr int kWarpThreads = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // The sum over the warp, in every lane.
-__device__ inline float warp_sum(float value) {
+template <typename T>
+__device__ T warp_sum(T value) {
 #pragma unroll
   for (int offset = kWarpThreads / 2; offset > 0; offset /= 2) {
     value += __shfl_xor_sync(kAllLanes, value, offset);
+  }
+  return value;
+}
+
+// The largest value of the warp, in every lane.
+template <typename T>
+__device__ T warp_max(T value) {
+#pragma unroll
+  for (int offset = kWarpThreads / 2; offset > 0; offset /= 2) {
+    const T other = __shfl_xor_sync(kAllLanes, value, offset);
+    value = other > value ? other : value;
   }
   return value;
 }

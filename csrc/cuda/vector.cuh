@@ -1,51 +1,62 @@
-// 16-byte vectors: the widest access of one thread, and the only way kernels touch rows in memory.
+// Vectors of up to 16 bytes, the widest access of one thread; the only way kernels touch rows in
+// memory.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace mistral_kernels::cuda {
 
-// kWidth elements of T in registers.
-template <typename T>
+// kWidth elements of T in registers: 16 bytes of them unless said otherwise.
+template <typename T, int kElements = 16 / sizeof(T)>
 struct Vector {
-  static constexpr int kWidth = 16 / sizeof(T);
+  static constexpr int kWidth = kElements;
   T values[kWidth];
 };
 
-// Whether every row of a (rows, columns) tensor consists of whole vectors on 16-byte boundaries.
-template <typename T>
-bool rows_are_vectors(const void* data, int64_t columns, int64_t stride_row) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && columns % Vector<T>::kWidth == 0 &&
-         stride_row % Vector<T>::kWidth == 0;
+// What one instruction moves a vector as.
+template <typename V>
+using Packed =
+    std::conditional_t<sizeof(V) == 16, uint4, std::conditional_t<sizeof(V) == 8, uint2, uint32_t>>;
+
+// Whether every row of a (..., columns) tensor consists of whole vectors on boundaries of theirs.
+template <typename T, int kWidth = Vector<T>::kWidth, typename... Strides>
+bool rows_are_vectors(const void* data, int64_t columns, Strides... strides) {
+  return reinterpret_cast<uintptr_t>(data) % (kWidth * sizeof(T)) == 0 && columns % kWidth == 0 &&
+         ((strides % kWidth == 0) && ...);
 }
 
-// kWhole: one 128-bit access, `from` on a 16-byte boundary. Otherwise element by element, the first
-// `count` elements only and the rest 0: the same values in the same registers either way.
-template <bool kWhole, typename T>
-__device__ Vector<T> load_vector(const T* from, int64_t count) {
-  Vector<T> vector;
+// kWhole: one access, `from` on a boundary of the vector's size. Otherwise element by element, the
+// first `count` elements only and the rest 0: the same values in the same registers either way.
+template <bool kWhole, typename T, int kWidth = Vector<T>::kWidth>
+__device__ Vector<T, kWidth> load_vector(const T* from, int64_t count) {
+  Vector<T, kWidth> vector;
   if constexpr (kWhole) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(from);
+    using Raw = Packed<Vector<T, kWidth>>;
+    static_assert(sizeof(Raw) == sizeof(vector), "vectors have 4, 8 or 16 bytes");
+    const Raw raw = *reinterpret_cast<const Raw*>(from);
     memcpy(&vector, &raw, sizeof(raw));
   } else {
 #pragma unroll
-    for (int i = 0; i < Vector<T>::kWidth; ++i) vector.values[i] = i < count ? from[i] : T(0.0f);
+    for (int i = 0; i < kWidth; ++i) vector.values[i] = i < count ? from[i] : T(0.0f);
   }
   return vector;
 }
 
-template <bool kWhole, typename T>
-__device__ void store_vector(T* to, const Vector<T>& vector, int64_t count) {
+template <bool kWhole, typename T, int kWidth>
+__device__ void store_vector(T* to, const Vector<T, kWidth>& vector, int64_t count) {
   if constexpr (kWhole) {
-    uint4 raw;
+    using Raw = Packed<Vector<T, kWidth>>;
+    static_assert(sizeof(Raw) == sizeof(vector), "vectors have 4, 8 or 16 bytes");
+    Raw raw;
     memcpy(&raw, &vector, sizeof(raw));
-    *reinterpret_cast<uint4*>(to) = raw;
+    *reinterpret_cast<Raw*>(to) = raw;
   } else {
 #pragma unroll
-    for (int i = 0; i < Vector<T>::kWidth; ++i) {
+    for (int i = 0; i < kWidth; ++i) {
       if (i < count) to[i] = vector.values[i];
     }
   }
