@@ -63,6 +63,11 @@ def cpu_queue() -> tuple[int, int]:
     return torch.get_num_threads(), instruction_set()
 
 
+def cuda_queue(device: torch.device) -> tuple[int, int]:
+    """How the CUDA core is to run: the device, and torch's current stream on it."""
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
 def address(x: Tensor | None) -> int:
     """Where x begins; 0 for no tensor, as C++ expects it."""
     return 0 if x is None else x.data_ptr()

@@ -17,6 +17,7 @@ from mistral_kernels.ops.dispatch import (
     Cell,
     address,
     cpu_queue,
+    cuda_queue,
     define,
     native_extension,
 )
@@ -86,9 +87,8 @@ def _rms_norm_cpu(x, residual, weight, eps):
 
 
 def _rms_norm_cuda(x, residual, weight, eps):
-    stream = torch.cuda.current_stream(x.device).cuda_stream
     launch = native_extension().rms_norm_cuda
-    return _rms_norm_native(launch, x, residual, weight, eps, x.device.index, stream)
+    return _rms_norm_native(launch, x, residual, weight, eps, *cuda_queue(x.device))
 
 
 def _rms_norm_triton(x, residual, weight, eps):
