@@ -13,6 +13,7 @@ from mistral_kernels.ops.dispatch import (
     KERNEL_DTYPES,
     Cell,
     cpu_queue,
+    cuda_queue,
     define,
     native_extension,
 )
@@ -41,20 +42,30 @@ def _as_rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _silu_mul_cpu(gate_up: Tensor) -> Tensor:
+def _silu_mul_native(launch, gate_up: Tensor, *queue) -> Tensor:
+    """Calls the C++ or CUDA launcher: raw pointers, sizes, a stride, and where to run it."""
     rows = _as_rows(gate_up)
     tokens, columns = rows.shape
     out = _empty_output(gate_up)
-    native_extension().silu_mul_cpu(
+    launch(
         rows.data_ptr(),
         out.data_ptr(),
         tokens,
         columns // 2,
         rows.stride(0),
         KERNEL_DTYPES.index(rows.dtype),
-        *cpu_queue(),
+        *queue,
     )
     return out
+
+
+def _silu_mul_cpu(gate_up: Tensor) -> Tensor:
+    return _silu_mul_native(native_extension().silu_mul_cpu, gate_up, *cpu_queue())
+
+
+def _silu_mul_cuda(gate_up: Tensor) -> Tensor:
+    launch = native_extension().silu_mul_cuda
+    return _silu_mul_native(launch, gate_up, *cuda_queue(gate_up.device))
 
 
 def _silu_mul_triton(gate_up: Tensor) -> Tensor:
@@ -83,6 +94,7 @@ _silu_mul = define(
         "reference": silu_mul_reference,
         "cpu": Cell(_silu_mul_cpu),
         "triton": Cell(_silu_mul_triton),
+        "cuda": Cell(_silu_mul_cuda),
     },
     differentiable=("gate_up",),
     backward={"reference": silu_mul_backward, "triton": Cell(_silu_mul_backward_triton)},
