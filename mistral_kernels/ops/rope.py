@@ -19,6 +19,7 @@ from mistral_kernels.ops.dispatch import (
     Cell,
     address,
     cpu_queue,
+    cuda_queue,
     define,
     native_extension,
 )
@@ -65,10 +66,10 @@ def _heads(x: Tensor, out: Tensor) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-def _rotate_cpu(q, k, cos, sin, positions, interleaved, q_scale, *, out_q, out_k) -> None:
-    """Calls the C++ launcher: q and k as RopeHeads, the tables, sizes, and where to run it."""
+def _rotate(launch, q, k, cos, sin, positions, interleaved, q_scale, *queue, out_q, out_k) -> None:
+    """Calls the C++ or CUDA launcher: q and k as RopeHeads, the tables, sizes, where to run it."""
     tokens, _, head_dim = q.shape
-    native_extension().rope_cpu(
+    launch(
         _heads(q, out_q),
         _heads(k, out_k),
         cos.data_ptr(),
@@ -81,18 +82,34 @@ def _rotate_cpu(q, k, cos, sin, positions, interleaved, q_scale, *, out_q, out_k
         sin.stride(0),
         interleaved,
         KERNEL_DTYPES.index(q.dtype),
-        *cpu_queue(),
+        *queue,
     )
 
 
-def _rope_cpu(q, k, *rest) -> tuple[Tensor, Tensor]:
+def _rope_native(launch, q, k, *rest) -> tuple[Tensor, Tensor]:
     out_q, out_k = q.new_empty(*q.shape), k.new_empty(*k.shape)
-    _rotate_cpu(q, k, *rest, out_q=out_q, out_k=out_k)
+    _rotate(launch, q, k, *rest, out_q=out_q, out_k=out_k)
     return out_q, out_k
 
 
-def _rope_in_place_cpu(q, k, *rest) -> None:
-    _rotate_cpu(q, k, *rest, out_q=q, out_k=k)
+def _rope_in_place_native(launch, q, k, *rest) -> None:
+    _rotate(launch, q, k, *rest, out_q=q, out_k=k)
+
+
+def _rope_cpu(*inputs) -> tuple[Tensor, Tensor]:
+    return _rope_native(native_extension().rope_cpu, *inputs, *cpu_queue())
+
+
+def _rope_in_place_cpu(*inputs) -> None:
+    _rope_in_place_native(native_extension().rope_cpu, *inputs, *cpu_queue())
+
+
+def _rope_cuda(q, *rest) -> tuple[Tensor, Tensor]:
+    return _rope_native(native_extension().rope_cuda, q, *rest, *cuda_queue(q.device))
+
+
+def _rope_in_place_cuda(q, *rest) -> None:
+    _rope_in_place_native(native_extension().rope_cuda, q, *rest, *cuda_queue(q.device))
 
 
 def _rotate_triton(q, k, *rest, **how) -> None:
@@ -146,6 +163,7 @@ _rope = define(
         "reference": rope_reference,
         "cpu": Cell(_rope_cpu),
         "triton": Cell(_rope_triton),
+        "cuda": Cell(_rope_cuda),
     },
     check_values=_check_values("rope"),
     differentiable=("q", "k"),
@@ -161,6 +179,7 @@ _rope_ = define(
         "reference": _rope_in_place,
         "cpu": Cell(_rope_in_place_cpu),
         "triton": Cell(_rope_in_place_triton),
+        "cuda": Cell(_rope_in_place_cuda),
     },
     check_values=_check_values("rope_"),
 )
