@@ -262,6 +262,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_versions", &cuda_versions, "(driver, runtime), 13000 for 13.0; driver 0 if absent.");
   m.def("rms_norm_cuda", on_cuda(&rms_norm_args, &cuda::rms_norm), no_gil);
   m.def("rope_cuda", on_cuda(&rope_args, &cuda::rope), no_gil);
+  m.def("store_kv_cuda", on_cuda(&store_kv_args, &cuda::store_kv), no_gil);
   m.def("silu_mul_cuda", on_cuda(&silu_mul_args, &cuda::silu_mul), no_gil);
 #endif
 }

@@ -15,6 +15,7 @@ from mistral_kernels.ops.dispatch import (
     KERNEL_DTYPES,
     Cell,
     cpu_queue,
+    cuda_queue,
     define,
     native_extension,
 )
@@ -57,10 +58,11 @@ def store_kv_reference(
     write_ring(v[rows], v_cache, block_table, sequences, positions, v_scale)
 
 
-def _store_kv_cpu(
-    k, v, k_cache, v_cache, block_table, cu_seqlens, context_lens, k_scale, v_scale
+def _store_kv_native(
+    launch, k, v, k_cache, v_cache, block_table, cu_seqlens, context_lens, k_scale, v_scale, *queue
 ) -> None:
-    native_extension().store_kv_cpu(
+    """Calls the C++ or CUDA launcher: structs of pointers and strides, and where to run it."""
+    launch(
         head_rows(k),
         head_rows(v),
         ring_fields(k_cache, v_cache, block_table, k_scale, v_scale),
@@ -69,8 +71,16 @@ def _store_kv_cpu(
         context_lens.shape[0],
         *k.shape,
         KERNEL_DTYPES.index(k.dtype),  # the order of csrc/dtype.h
-        *cpu_queue(),
+        *queue,
     )
+
+
+def _store_kv_cpu(*inputs) -> None:
+    _store_kv_native(native_extension().store_kv_cpu, *inputs, *cpu_queue())
+
+
+def _store_kv_cuda(k, *rest) -> None:
+    _store_kv_native(native_extension().store_kv_cuda, k, *rest, *cuda_queue(k.device))
 
 
 def _store_kv_triton(k, v, *rest) -> None:
@@ -98,6 +108,7 @@ _store_kv_ = define(
         "reference": store_kv_reference,
         "cpu": Cell(_store_kv_cpu),
         "triton": Cell(_store_kv_triton),
+        "cuda": Cell(_store_kv_cuda),
     },
     facts=lambda k, v, k_cache, *_: (("head_dim", k.shape[2]), ("page_size", k_cache.shape[1])),
     check_values=_check_values,
