@@ -263,6 +263,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rms_norm_cuda", on_cuda(&rms_norm_args, &cuda::rms_norm), no_gil);
   m.def("rope_cuda", on_cuda(&rope_args, &cuda::rope), no_gil);
   m.def("store_kv_cuda", on_cuda(&store_kv_args, &cuda::store_kv), no_gil);
+  m.def("route_experts_cuda", on_cuda(&route_experts_args, &cuda::route_experts), no_gil);
   m.def("silu_mul_cuda", on_cuda(&silu_mul_args, &cuda::silu_mul), no_gil);
 #endif
 }

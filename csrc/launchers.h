@@ -239,6 +239,7 @@ namespace cuda {
 void rms_norm(const RmsNorm& args, int device, void* stream);
 void rope(const Rope& args, int device, void* stream);
 void store_kv(const StoreKv& args, int device, void* stream);
+void route_experts(const RouteExperts& args, int device, void* stream);
 void silu_mul(const SiluMul& args, int device, void* stream);
 
 // As CUDA writes them, 1000 * major + 10 * minor. The driver is 0 where there is none.

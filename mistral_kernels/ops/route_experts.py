@@ -17,6 +17,7 @@ from mistral_kernels.ops.dispatch import (
     Cell,
     address,
     cpu_queue,
+    cuda_queue,
     define,
     native_extension,
 )
@@ -52,10 +53,13 @@ def _empty_outputs(logits: Tensor, top_k: int, positions: Tensor | None):
     )
 
 
-def _route_experts_cpu(logits: Tensor, top_k: int, positions: Tensor | None):
+def _route_experts_native(
+    launch, logits: Tensor, top_k: int, positions: Tensor | None, *queue
+) -> tuple[Tensor, Tensor]:
+    """Calls the C++ or CUDA launcher: raw pointers, sizes, a stride, and where to run it."""
     weights, expert_ids = _empty_outputs(logits, top_k, positions)
     tokens, experts = logits.shape
-    native_extension().route_experts_cpu(
+    launch(
         logits.data_ptr(),
         address(positions),
         weights.data_ptr(),
@@ -65,9 +69,18 @@ def _route_experts_cpu(logits: Tensor, top_k: int, positions: Tensor | None):
         top_k,
         logits.stride(0),
         KERNEL_DTYPES.index(logits.dtype),
-        *cpu_queue(),
+        *queue,
     )
     return weights, expert_ids
+
+
+def _route_experts_cpu(*inputs):
+    return _route_experts_native(native_extension().route_experts_cpu, *inputs, *cpu_queue())
+
+
+def _route_experts_cuda(logits: Tensor, *rest):
+    launch = native_extension().route_experts_cuda
+    return _route_experts_native(launch, logits, *rest, *cuda_queue(logits.device))
 
 
 def _route_experts_triton(logits: Tensor, top_k: int, positions: Tensor | None):
@@ -105,6 +118,7 @@ _route_experts = define(
         "reference": route_experts_reference,
         "cpu": Cell(_route_experts_cpu),
         "triton": Cell(_route_experts_triton, refuses=_triton_refuses),
+        "cuda": Cell(_route_experts_cuda),
     },
     facts=lambda logits, top_k, positions: (("experts", logits.shape[1]), ("top_k", top_k)),
     differentiable=("logits",),
