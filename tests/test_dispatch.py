@@ -13,7 +13,7 @@ from mistral_kernels.ops import dispatch
 
 CPU = {"device_type": "cpu", "capability": None, "dtype": torch.float32}
 H100 = {"device_type": "cuda", "capability": (9, 0), "dtype": torch.bfloat16}
-FULL_ROWS = ("rms_norm", "add_rms_norm")
+FULL_ROWS = ("rms_norm", "add_rms_norm", "rope", "rope_", "store_kv_", "route_experts", "silu_mul")
 
 
 @pytest.fixture
