@@ -2,11 +2,12 @@
 
 Compiles each Triton kernel with its shipped tile configurations (`codegen_cases` beside
 `tile_config`) and each .cu file, for sm_80 and sm_90a, and prints registers, shared memory, stack,
-spills and the instructions that matter. Exits with 1 for a spill, too much shared memory, a
-tensor-core instruction that is due but missing, or a kernel that is missing from the table.
+spills and the instructions that matter. Exits with 1 for a spill, too much shared memory, an
+instruction that is due but missing, or a kernel that is missing from the table.
 
-A case names the instructions that are `due`; a CUDA kernel does so by a comment in its file,
-`// codegen: <kernel> is due <mma | wgmma | cp_async | tma>`.
+A case names the instructions that are `due`; a CUDA kernel does so by comments in its file,
+`// codegen: <kernel> is due <instruction>`, for some of its instantiations with a pattern of their
+arguments: `// codegen: <kernel><*, true> is due load_16`.
 """
 
 import importlib
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +38,8 @@ INSTRUCTIONS = {
     "wgmma": r"\b[HIQ]GMMA\b",
     "cp_async": r"\bLDGSTS\b",
     "tma": r"\b(UTMALDG|UTMASTG|UBLKCP)\b",
+    "load_16": r"\bLDG\.\S*128\b",
+    "store_16": r"\bSTG\.\S*128\b",
 }
 TRITON_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
@@ -125,13 +129,17 @@ def compile_cuda(nvcc: str, source: Path, arch: str, folder: Path) -> list[Row]:
     flags = ["-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", f"-arch={arch}", "-Xptxas=-v"]
     fields = read_cubin(output(nvcc, *flags, "-cubin", source, "-o", cubin), cubin)
     names = output("c++filt", *fields).splitlines() if fields else []
-    due = re.findall(r"// codegen: (\w+) is due (\w+)", source.read_text())
+    due = re.findall(r"// codegen: (\w+)(?:<(.*)>)? is due (\w+)", source.read_text())
     rows = []
     for name, values in zip(names, fields.values(), strict=True):
         kernel, case = re.search(
             r"(\w+)(?:<(.*?)>)?\(", name.replace("(anonymous namespace)", "")
         ).groups()
-        wanted = tuple(instruction for owner, instruction in due if owner == kernel)
+        wanted = tuple(
+            instruction
+            for owner, pattern, instruction in due
+            if owner == kernel and fnmatchcase(case or "", pattern or "*")
+        )
         rows.append(Row("CUDA", kernel, case or "", arch, due=wanted, **values))
     return rows
 

@@ -46,6 +46,18 @@ __global__ void forgotten_kernel(float* data) {
 }
 """
 
+# The second instantiation moves 4 bytes at a time.
+COPIES = """
+// codegen: copy_kernel is due load_16
+// codegen: copy_kernel<*4> is due store_16
+template <typename T>
+__global__ void copy_kernel(const T* from, T* to) {
+  to[threadIdx.x] = from[threadIdx.x];
+}
+template __global__ void copy_kernel<float4>(const float4*, float4*);
+template __global__ void copy_kernel<float>(const float*, float*);
+"""
+
 
 @needs_nvcc
 def test_every_kernel_is_clean(capsys):
@@ -90,3 +102,17 @@ def test_a_spill_and_an_unused_template_are_noticed(tmp_path):
     for row in rows:
         spill, missing = row.problems()
         assert spill.startswith("spills ") and missing == "has no mma"
+
+
+@needs_nvcc
+def test_narrow_accesses_are_noticed_where_wide_ones_are_due(tmp_path):
+    path = tmp_path / "copies.cu"
+    path.write_text(COPIES)
+    rows, left_out = codegen.cuda_rows(codegen.find_nvcc(), path, tmp_path)
+    assert not left_out
+    problems = {(row.case, row.arch): row.problems() for row in rows}
+    assert problems == {
+        (case, arch): found
+        for case, found in (("float4", []), ("float", ["has no load_16"]))
+        for arch in codegen.ARCHS.values()
+    }

@@ -31,6 +31,8 @@ __device__ void turn(T& first, T& second, float cos, float sin, float scale) {
 // are whole in them, in either layout. Of a head of 32 with vectors of 8, two threads share:
 //   thread 0: elements 0..7 and 16..23: pairs 0..7 half-split, pairs 0..3 and 8..11 interleaved
 //   thread 1: elements 8..15 and 24..31: pairs 8..15 half-split, 4..7 and 12..15 interleaved
+// codegen: rope_kernel<*, true> is due load_16
+// codegen: rope_kernel<*, true> is due store_16
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kThreads) rope_kernel(const Rope args) {
   constexpr int kWidth = Vector<T>::kWidth;

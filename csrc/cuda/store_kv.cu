@@ -77,6 +77,8 @@ __device__ void store_row(const Pages& pages, bool is_int8, const Slot& slot, in
 
 // Grid (tokens, pieces of a token's heads). A thread owns one vector of a head of k, and v's beside
 // it. Of a cache that is not quantised T has the size of the elements; only their bits move.
+// codegen: store_kv_kernel<*, true> is due load_16
+// codegen: store_kv_kernel<*, false, true> is due store_16
 template <typename T, bool kQuantised, bool kWhole>
 __global__ void __launch_bounds__(kThreads) store_kv_kernel(const StoreKv args, uint32_t capacity) {
   constexpr int kWidth = Vector<T>::kWidth;
