@@ -40,12 +40,14 @@ def test_add_rms_norm(backend):
             assert_same(out, want, name)
 
 
-@pytest.mark.parametrize("tokens", [1, 100])
-def test_expert_mlp(tokens):
+@pytest.mark.parametrize(
+    ("tokens", "backend"), [(1, "triton"), (100, "triton"), (1, "cuda"), (16, "cuda")]
+)
+def test_expert_mlp(tokens, backend):
     arguments = make_call(tokens, 256, 512, 8, 2, dtype=torch.bfloat16, device="cuda")
 
     def call():
-        return ops.expert_mlp(**arguments, backend="triton")
+        return ops.expert_mlp(**arguments, backend=backend)
 
     expected = call().clone()  # also compiles, which a graph cannot hold
     graph = torch.cuda.CUDAGraph()
