@@ -17,6 +17,7 @@ from benchmarks.environment import environment
 from benchmarks.limits import STREAM_BYTES, machine_limits
 from benchmarks.timing import measure, summary
 from mistral_kernels.ops import dispatch
+from mistral_kernels.ops.checks import is_int
 
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -51,17 +52,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for device in DEVICES
         for case, shape in module.SHAPES["tiny" if tiny else device].items()
         for dtype in DTYPES[device]
-        for backend in contestants(module.OP, device, dtype)
+        for backend in contestants(module.OP, device, dtype, shape)
     ]
     metafunc.parametrize(ARGUMENTS, cases)
 
 
-def contestants(op: str, device: str, dtype: torch.dtype) -> list[str]:
-    """Return the backends that can serve `op` here; the reference only where it is alone."""
+def contestants(op: str, device: str, dtype: torch.dtype, shape: tuple) -> list[str]:
+    """Return the backends that can serve `op` on such a shape here; the reference only where it is
+    alone."""
     if op not in dispatch.OPS:  # the model, which lets each of its ops choose
         return ["auto"]
     capability = torch.cuda.get_device_capability() if device == "cuda" else None
-    call = {"device_type": device, "dtype": dtype, "capability": capability}
+    facts = tuple((k, v) for k, v in shape._asdict().items() if is_int(v))
+    call = {"device_type": device, "dtype": dtype, "capability": capability, "facts": facts}
     served = [
         name for name in dispatch.backends(op) if dispatch.prefer(op, backend=name, **call) == name
     ]

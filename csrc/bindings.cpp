@@ -192,7 +192,8 @@ ExpertMlp expert_mlp_args(Address x, Address w13, Address w2, Address weights, A
                           int64_t experts, int64_t top_k, int64_t stride_x_token,
                           int64_t stride_w13_expert, int64_t stride_w13_row,
                           int64_t stride_w2_expert, int64_t stride_w2_row,
-                          int64_t stride_weights_token, int64_t stride_ids_token, int dtype) {
+                          int64_t stride_weights_token, int64_t stride_ids_token, int dtype,
+                          Address inner) {
   return {At{x},
           At{w13},
           At{w2},
@@ -211,7 +212,8 @@ ExpertMlp expert_mlp_args(Address x, Address w13, Address w2, Address weights, A
           stride_w2_row,
           stride_weights_token,
           stride_ids_token,
-          Dtype(dtype)};
+          Dtype(dtype),
+          At{inner}};
 }
 
 SiluMul silu_mul_args(Address gate_up, Address out, int64_t tokens, int64_t ffn_dim,
@@ -274,6 +276,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("store_kv_cuda", on_cuda(&store_kv_args, &cuda::store_kv), no_gil);
   m.def("route_experts_cuda", on_cuda(&route_experts_args, &cuda::route_experts), no_gil);
   m.def("silu_mul_cuda", on_cuda(&silu_mul_args, &cuda::silu_mul), no_gil);
+  m.def("expert_mlp_cuda", on_cuda(&expert_mlp_args, &cuda::expert_mlp), no_gil);
 #endif
 }
 

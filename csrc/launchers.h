@@ -192,6 +192,7 @@ struct ExpertMlp {
   int64_t stride_weights_token;
   int64_t stride_ids_token;
   Dtype dtype;
+  void* inner;  // (tokens * top_k, ffn_dim), dtype: workspace on CUDA, null on the CPU
 };
 
 // out = round(silu(gate) * up)
@@ -253,6 +254,9 @@ void rope(const Rope& args, int device, void* stream);
 void store_kv(const StoreKv& args, int device, void* stream);
 void route_experts(const RouteExperts& args, int device, void* stream);
 void silu_mul(const SiluMul& args, int device, void* stream);
+// Up to 16 tokens and 64 (token, slot) pairs, 16 bits; rows of x, w13 and w2 are whole 16-byte
+// vectors on 16-byte boundaries.
+void expert_mlp(const ExpertMlp& args, int device, void* stream);
 
 // As CUDA writes them, 1000 * major + 10 * minor. The driver is 0 where there is none.
 int driver_version();

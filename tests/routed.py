@@ -1,6 +1,12 @@
-"""Random arguments of a mixture of experts."""
+"""Random arguments of a mixture of experts, and what should come out."""
 
+import oracle
+import peer
 import torch
+from tolerance import assert_close
+
+# Ids that are no expert's.
+SKIPPED = torch.tensor([-1, 99, 2**31 - 1, -(2**31)], dtype=torch.int32)
 
 
 def make_call(tokens, hidden, ffn_dim, experts, top_k, *, dtype=torch.float32, device="cpu"):
@@ -19,3 +25,22 @@ def make_call(tokens, hidden, ffn_dim, experts, top_k, *, dtype=torch.float32, d
         "weights": values.softmax(-1).to(wide),
         "expert_ids": expert_ids.int(),
     }
+
+
+def deal(call: dict, rows: list[int]) -> dict:
+    """Give expert e `rows[e]` of the slots and skip the others; put NaN where nobody may look."""
+    ids = torch.cat([torch.full((count,), e, dtype=torch.int32) for e, count in enumerate(rows)])
+    pairs = call["expert_ids"].numel()
+    ids = torch.cat((ids, SKIPPED.repeat(pairs)[: pairs - len(ids)]))
+    call["expert_ids"] = ids[torch.randperm(pairs)].view_as(call["expert_ids"])
+    call["weights"][(call["expert_ids"] < 0) | (call["expert_ids"] >= len(rows))] = torch.nan
+    unused = torch.tensor(rows) == 0
+    call["w13"][unused], call["w2"][unused] = torch.nan, torch.nan
+    return call
+
+
+def check(out: torch.Tensor, call: dict) -> None:
+    """Compare with a float64 loop over tokens and slots."""
+    exact = oracle.expert_mlp(**{name: oracle.f64(value) for name, value in call.items()})
+    plain = peer.expert_mlp(**{name: value.cpu() for name, value in call.items()})
+    assert_close(out, plain, torch.from_numpy(exact), "expert_mlp")

@@ -148,6 +148,26 @@ def test_linear_on_a_gpu_is_torch_s_unless_its_bits_must_not_depend_on_the_batch
     assert dispatch.choose("linear", **call) == "reference"
 
 
+@pytest.mark.parametrize("inference", [True, False])
+def test_a_bound_op_asks_again_where_its_cell_wants_that(inference, installed, monkeypatch):
+    installed("cpu")
+    served = []
+    row = dispatch.OPS["rms_norm"]
+    narrow = dispatch.Cell(
+        lambda *inputs: served.append("cpu") or row["reference"].run(*inputs),
+        refuses=lambda facts: "too wide" if facts.get("hidden", 0) > 8 else None,
+        asks_each_call=True,
+    )
+    monkeypatch.setitem(row, "cpu", narrow)
+    bound = dispatch.BoundOp("rms_norm", "cpu")
+    with torch.inference_mode(inference):
+        for hidden in (8, 9, 8):
+            assert (bound(torch.ones(1, hidden), torch.ones(hidden), 0.0) == 1).all()
+            served.append(hidden)
+    assert served == ["cpu", 8, 9, "cpu", 8]
+    assert bound.backend == "cpu", "what it prefers, for info"
+
+
 def test_reference_is_always_available():
     assert dispatch.unavailable("reference") is None
     for backend in dispatch.BACKENDS:

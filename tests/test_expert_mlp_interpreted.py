@@ -6,20 +6,17 @@ interpreter`. `test_expert_mlp.py` runs the same backend there in the tiles that
 
 import sys
 
-import oracle
-import peer
 import pytest
 import shapes
 import torch
-from routed import make_call
-from tolerance import assert_close, assert_same
+from routed import check, deal, make_call
+from tolerance import assert_same
 
 from mistral_kernels.ops import dispatch, expert_mlp
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
 DTYPES = pytest.mark.parametrize("dtype", dispatch.KERNEL_DTYPES, ids=str)
 MODULE = sys.modules["mistral_kernels.ops.expert_mlp"]
-SKIPPED = torch.tensor([-1, 4, 2**31 - 1, -(2**31)], dtype=torch.int32)
 
 
 @pytest.fixture
@@ -38,20 +35,8 @@ def kernel(monkeypatch):
     return kernel
 
 
-def check(call):
-    out = expert_mlp(**call, backend="triton")
-    exact = oracle.expert_mlp(**{name: oracle.f64(value) for name, value in call.items()})
-    assert_close(out, peer.expert_mlp(**call), torch.from_numpy(exact), "expert_mlp")
-
-
-def deal(call, rows: list[int]) -> dict:
-    """Gives expert e `rows[e]` of the slots; the others are skipped."""
-    ids = torch.cat([torch.full((count,), e, dtype=torch.int32) for e, count in enumerate(rows)])
-    pairs = call["expert_ids"].numel()
-    ids = torch.cat((ids, SKIPPED.repeat(pairs)[: pairs - len(ids)]))
-    call["expert_ids"] = ids[torch.randperm(pairs)].view_as(call["expert_ids"])
-    call["weights"][(call["expert_ids"] < 0) | (call["expert_ids"] >= len(rows))] = torch.nan
-    return call
+def check_triton(call):
+    check(expert_mlp(**call, backend="triton"), call)
 
 
 # Around a tile of rows; several tiles of one expert, more than GROUP_M; nothing at all.
@@ -62,10 +47,7 @@ ROWS = [[3, 4, 5, 0], [0, 0, 17, 1], [8, 0, 0, 9], [1, 1, 1, 1], [0, 0, 0, 0]]
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 def test_planned_tiles(rows, dtype, kernel, monkeypatch):
     monkeypatch.setattr(kernel, "FEW_TOKENS", 0)
-    call = deal(make_call(10, 20, 18, 4, 2, dtype=dtype), rows)
-    unused = torch.tensor(rows) == 0
-    call["w13"][unused], call["w2"][unused] = torch.nan, torch.nan
-    check(call)
+    check_triton(deal(make_call(10, 20, 18, 4, 2, dtype=dtype), rows))
 
 
 # hidden and ffn_dim around a tile of columns (8; 4 for w13) and of k (16).
@@ -83,7 +65,7 @@ def test_columns_and_k_around_a_tile(sizes, few, dtype, kernel, monkeypatch):
         wide = torch.nn.functional.pad(call[name], (1, 3), value=torch.nan)
         call[name] = wide[..., 1:-3]
     call |= {name: shapes.laid_out(call[name], "padded") for name in ("weights", "expert_ids")}
-    check(call)
+    check_triton(call)
 
 
 @DTYPES
@@ -95,7 +77,7 @@ def test_few_tokens_find_their_experts(tokens, dtype, kernel):
     call["expert_ids"] = call["expert_ids"].repeat(7, 1)[:tokens].contiguous()
     used = torch.isin(torch.arange(9), call["expert_ids"])
     call["w13"][~used], call["w2"][~used] = torch.nan, torch.nan
-    check(call)
+    check_triton(call)
 
 
 @pytest.mark.parametrize("ffn_dim", [63, 64, 65, 127, 128, 129, 640])
@@ -105,7 +87,7 @@ def test_few_tokens_cut_the_down_projection(ffn_dim, kernel):
     splits = -(-ffn_dim // k_split)
     assert k_split % config["BLOCK_K"] == 0 and splits == min(max(-(-ffn_dim // 16) // 4, 1), 8)
     if ffn_dim < 200:
-        check(make_call(2, 16, ffn_dim, 2, 1))
+        check_triton(make_call(2, 16, ffn_dim, 2, 1))
 
 
 @DTYPES

@@ -31,6 +31,8 @@ class Cell(NamedTuple):
     `run` takes the op's arguments without `backend`. `refuses(facts)` returns why small numbers
     such as head_dim or page_size are out of its reach, or None. `auto(facts)` tells whether
     backend "auto" takes it where it can serve: False where no measurement speaks for it.
+    `asks_each_call`: what it refuses differs from call to call of a model, such as the number of
+    tokens.
     """
 
     run: Callable
@@ -38,9 +40,11 @@ class Cell(NamedTuple):
     min_capability: tuple[int, int] = (8, 0)
     refuses: Callable[[dict[str, int]], str | None] = lambda facts: None
     auto: Callable[[dict[str, int]], bool] = lambda facts: True
+    asks_each_call: bool = False
 
 
 OPS: dict[str, dict[str, Cell]] = {}
+_runs: dict[str, Callable] = {}  # what the dispatcher calls: the op's arguments, then `backend`
 _library = torch.library.Library("mistral_kernels", "DEF")
 
 
@@ -188,12 +192,15 @@ class BoundOp:
 
     It takes the arguments of the schema without `backend`, and checks none of them. In inference
     mode it calls the cell itself where torch's dispatcher would only add to the microseconds: for
-    plain tensors, while nobody traces, profiles or intercepts.
+    plain tensors, while nobody traces, profiles or intercepts. Where the chosen cell
+    `asks_each_call`, what it refuses goes to the next of `AUTO_ORDER`.
     """
 
     def __init__(self, name: str, backend: str):
         self.name, self.backend = name, backend
-        self._run = OPS[name][backend].run
+        cell, run = OPS[name][backend], _runs[name]
+        self._choice = "auto" if cell.asks_each_call else backend
+        self._run = (lambda *inputs: run(*inputs, "auto")) if cell.asks_each_call else cell.run
         self._op = getattr(torch.ops.mistral_kernels, name).default
 
     def __call__(self, *inputs):
@@ -204,7 +211,7 @@ class BoundOp:
             or torch.autograd._profiler_enabled()
             or type(inputs[0]) is not Tensor
         )
-        return self._op(*inputs, self.backend) if watched else self._run(*inputs)
+        return self._op(*inputs, self._choice) if watched else self._run(*inputs)
 
     def __reduce__(self):  # a model can be pickled though its cells cannot
         return BoundOp, (self.name, self.backend)
@@ -266,6 +273,7 @@ def define(
             check_values(*inputs)
         return row[choose(name, facts=facts(*inputs), backend=backend, **call)].run(*inputs)
 
+    _runs[name] = run
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)
     torch.library.register_fake(op, lambda *inputs: fake(*inputs[:-1]), lib=_library)

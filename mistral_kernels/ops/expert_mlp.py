@@ -18,6 +18,7 @@ Source: Jiang et al. 2024, arXiv 2401.04088; Shazeer 2020 for SwiGLU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -27,7 +28,10 @@ from mistral_kernels.ops.checks import Arguments, compute_dtype
 from mistral_kernels.ops.dispatch import (
     KERNEL_DTYPES,
     Cell,
+    Facts,
+    address,
     cpu_queue,
+    cuda_queue,
     define,
     native_extension,
 )
@@ -36,6 +40,9 @@ from mistral_kernels.ops.silu_mul import silu_mul, silu_mul_backward, silu_mul_r
 
 WORKSPACE_BYTES = 256 << 20  # many tokens are worked in chunks that need no more than this
 MAX_TOP_K = 256  # kMaxPairs of csrc/cpu/expert_mlp.cpp
+MAX_TOKENS = 16  # kMaxTokens of csrc/cuda/expert_mlp.cu
+MAX_PAIRS = 64  # kMaxPairs of csrc/cuda/expert_mlp.cu
+VECTOR_BYTES = 16  # rows that a CUDA kernel reads begin and end on multiples of that
 
 
 def pairs_of(expert_ids: Tensor, expert: int) -> tuple[Tensor, Tensor]:
@@ -132,18 +139,9 @@ def _sorted_by_expert(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, exper
     return total
 
 
-def _expert_mlp_cpu(
-    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, expert_ids: Tensor, batch_invariant: bool
-) -> Tensor:
-    out = x.new_empty(x.shape)
-    # On average an expert has few rows. Time of the GEMMs over ours, hidden 512, ffn_dim 1792, 8
-    # experts, top-2, float32, on the machine of `few_rows`: 2.3 for 1 token, 2.6 for 32, 2.2 for
-    # 128, 1.0 for 256.
-    if not batch_invariant and expert_ids.numel() > few_rows(x.dtype) * len(w13):
-        for rows in chunks(len(x), _gemm_bytes(x, w2, expert_ids)):
-            out[rows] = _sorted_by_expert(x[rows], w13, w2, weights[rows], expert_ids[rows])
-        return out
-    native_extension().expert_mlp_cpu(
+def _launch(launch, x, w13, w2, weights, expert_ids, out, inner: Tensor | None, *queue) -> None:
+    """Calls the C++ or CUDA launcher: raw pointers, sizes, strides, and where to run it."""
+    launch(
         x.data_ptr(),
         w13.data_ptr(),
         w2.data_ptr(),
@@ -160,8 +158,24 @@ def _expert_mlp_cpu(
         weights.stride(0),
         expert_ids.stride(0),
         KERNEL_DTYPES.index(x.dtype),
-        *cpu_queue(),
+        address(inner),
+        *queue,
     )
+
+
+def _expert_mlp_cpu(
+    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, expert_ids: Tensor, batch_invariant: bool
+) -> Tensor:
+    out = x.new_empty(x.shape)
+    # On average an expert has few rows. Time of the GEMMs over ours, hidden 512, ffn_dim 1792, 8
+    # experts, top-2, float32, on the machine of `few_rows`: 2.3 for 1 token, 2.6 for 32, 2.2 for
+    # 128, 1.0 for 256.
+    if not batch_invariant and expert_ids.numel() > few_rows(x.dtype) * len(w13):
+        for rows in chunks(len(x), _gemm_bytes(x, w2, expert_ids)):
+            out[rows] = _sorted_by_expert(x[rows], w13, w2, weights[rows], expert_ids[rows])
+        return out
+    launch = native_extension().expert_mlp_cpu
+    _launch(launch, x, w13, w2, weights, expert_ids, out, None, *cpu_queue())
     return out
 
 
@@ -183,6 +197,51 @@ def _expert_mlp_triton(
     return out
 
 
+def _expert_mlp_cuda(
+    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, expert_ids: Tensor, batch_invariant: bool
+) -> Tensor:
+    out = x.new_empty(x.shape)
+    inner = x.new_empty(expert_ids.numel(), w2.shape[2])
+    launch = native_extension().expert_mlp_cuda
+    _launch(launch, x, w13, w2, weights, expert_ids, out, inner, *cuda_queue(x.device))
+    return out
+
+
+def _cuda_refuses(facts: dict[str, int]) -> str | None:
+    tokens, top_k = facts.get("tokens", 1), facts.get("top_k", 1)
+    if facts.get("batch_invariant"):
+        return f"its bits are its own and end at {MAX_TOKENS} tokens, got batch_invariant=True"
+    if tokens > MAX_TOKENS:
+        return f"it takes up to {MAX_TOKENS} tokens, got {tokens}"
+    if tokens * top_k > MAX_PAIRS:
+        return f"it takes tokens * top_k up to {MAX_PAIRS}, got {tokens} * {top_k}"
+    alignment = facts.get("alignment", VECTOR_BYTES)
+    if alignment < VECTOR_BYTES:
+        return f"it takes rows on {VECTOR_BYTES}-byte boundaries, got {alignment}"
+    return None
+
+
+def _alignment(x: Tensor, w13: Tensor, w2: Tensor) -> int:
+    """Bytes, up to VECTOR_BYTES, on whose multiples all rows of the three begin and end."""
+    steps = *x.shape[1:], *x.stride()[:1], *w13.stride()[:2], *w2.shape[2:], *w2.stride()[:2]
+    addresses = (x.data_ptr(), w13.data_ptr(), w2.data_ptr())
+    return math.gcd(VECTOR_BYTES, *addresses, *(step * x.element_size() for step in steps))
+
+
+def _facts(
+    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, expert_ids: Tensor, batch_invariant: bool
+) -> Facts:
+    return (
+        ("tokens", len(x)),
+        ("experts", len(w13)),
+        ("hidden", w2.shape[1]),
+        ("ffn_dim", w2.shape[2]),
+        ("top_k", weights.shape[1]),
+        ("batch_invariant", int(batch_invariant)),
+        ("alignment", _alignment(x, w13, w2)),
+    )
+
+
 _expert_mlp = define(
     "expert_mlp",
     "Tensor x, Tensor w13, Tensor w2, Tensor weights, Tensor expert_ids, bool batch_invariant",
@@ -192,13 +251,14 @@ _expert_mlp = define(
         "reference": expert_mlp_reference,
         "cpu": Cell(_expert_mlp_cpu, refuses=_cpu_refuses),
         "triton": Cell(_expert_mlp_triton),
+        "cuda": Cell(
+            _expert_mlp_cuda,
+            dtypes=(torch.bfloat16, torch.float16),
+            refuses=_cuda_refuses,
+            asks_each_call=True,
+        ),
     },
-    facts=lambda x, w13, w2, weights, *_: (
-        ("experts", len(w13)),
-        ("hidden", w2.shape[1]),
-        ("ffn_dim", w2.shape[2]),
-        ("top_k", weights.shape[1]),
-    ),
+    facts=_facts,
     differentiable=("x", "w13", "w2", "weights"),
     backward=expert_mlp_backward,
 )
