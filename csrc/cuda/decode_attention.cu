@@ -3,9 +3,9 @@
 // A sequence moves 2 * keys * kv_heads * head_dim * itemsize bytes for 4 * keys * q_heads *
 // head_dim operations: bound by memory. Mistral 7B (32/8 heads of 128, bf16) reads 16.8 MB a
 // sequence at window 4096. Predicted for batch 1 / 8 / 32, none of it measured: A100 (1.6 TB/s of
-// 2.0) 14 / 87 / 336 us, H100 (2.8 of 3.35) 9 / 51 / 195, H200 (4.0 of 4.8) 7 / 37 / 137: the bytes
-// alone, and about 3 us for the chain of latencies (launch, position, table, keys, counter,
-// partials), of which batch 32 hides most. Partials at batch 1 are 33 * 32 * 130 floats, 0.5 MB,
+// 2.0) 14 / 87 / 339 us, H100 (2.8 of 3.35) 9 / 51 / 195, H200 (4.0 of 4.8) 7 / 37 / 137: the
+// bytes, and about 3 us for the chain of latencies (launch, position, table, keys, counter,
+// partials). Partials at batch 1 are 33 * 32 * 130 floats, 0.5 MB,
 // which stay in L2.
 //
 // In flight: a block keeps two stages of 64 keys and values, 64 KB of cp.async at head_dim 128 in
@@ -57,31 +57,6 @@ struct KeyTile {
   static constexpr int kSharedBytes = kCopyBytes > kMergeBytes ? kCopyBytes : kMergeBytes;
   static_assert(kStages >= 2, "one stage is worked on while another is copied");
 };
-
-// ---- Attention over the keys of a split, each warp on its own slices of 16.
-
-// The copies of slices of one of the two caches.
-template <typename Cache, int kHeadDim>
-struct SliceCopies {
-  const char* head;
-  int64_t page_bytes;
-  int64_t row_bytes;
-  int width_bytes;  // of a row
-
-  __device__ SliceCopies(const Pages& pages, int64_t kv_head, int64_t head_dim)
-      : head(static_cast<const char*>(pages.data) + kv_head * pages.stride_head * sizeof(Cache)),
-        page_bytes(pages.stride_page * sizeof(Cache)),
-        row_bytes(pages.stride_row * sizeof(Cache)),
-        width_bytes(static_cast<int>(head_dim * sizeof(Cache))) {}
-
-  // `count` keys from the one on that lies `ahead` of the slice's first.
-  __device__ void start(char* to, int64_t page, int64_t row, int ahead, int count) const {
-    copy_slice<KeySlice<Cache, kHeadDim>>(to, head + page * page_bytes + row * row_bytes, row_bytes,
-                                          width_bytes, ahead, count);
-  }
-};
-
-// ---- The results.
 
 // Four neighbours of a head's values, as T, and once a head its lse. No weight at all: 0 and -inf.
 template <typename T>

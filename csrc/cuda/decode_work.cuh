@@ -78,6 +78,27 @@ struct RingCursor {
   }
 };
 
+// The copies of slices of one of the two caches.
+template <typename Cache, int kHeadDim>
+struct SliceCopies {
+  const char* head;
+  int64_t page_bytes;
+  int64_t row_bytes;
+  int width_bytes;  // of a row
+
+  __device__ SliceCopies(const Pages& pages, int64_t kv_head, int64_t head_dim)
+      : head(static_cast<const char*>(pages.data) + kv_head * pages.stride_head * sizeof(Cache)),
+        page_bytes(pages.stride_page * sizeof(Cache)),
+        row_bytes(pages.stride_row * sizeof(Cache)),
+        width_bytes(static_cast<int>(head_dim * sizeof(Cache))) {}
+
+  // `count` keys from the one on that lies `ahead` of the slice's first.
+  __device__ void start(char* to, int64_t page, int64_t row, int ahead, int count) const {
+    copy_slice<KeySlice<Cache, kHeadDim>>(to, head + page * page_bytes + row * row_bytes, row_bytes,
+                                          width_bytes, ahead, count);
+  }
+};
+
 // Writes heads of `from`, turned by the angles of `position` unless there are none, times `factor`
 // and rounded, to rows of kHeadDim in shared memory.
 template <typename T, int kHeadDim>
