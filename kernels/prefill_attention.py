@@ -203,14 +203,15 @@ def tile_config(
     each warp expands for itself. Masked tiles wait for their keys, which costs fewer registers than
     to prefetch them; but on sm_90 ptxas then puts a wait behind every wgmma of the kernel (its note
     C7515), as it does with three stages, but not with two. Few rows get a tile of their size:
-    memory is what they wait for. float32 has no tensor cores, and its rows are twice as long.
+    memory is what they wait for. float32 has no tensor cores: each product is an instruction of its
+    own, by the thousand in larger tiles, which spill and take minutes to compile.
     """
     block_d = max(triton.next_power_of_2(head_dim), 16)
     block_m = min(max(triton.next_power_of_2(rows), 16), 128)
     wgmma = arch[0] in (9, 10)
     block_n, stages = 64 if wgmma or block_m == 16 else 32, 3
     if dtype == torch.float32:
-        block_m, block_n, stages = min(block_m, 64), 32, 1
+        block_m, block_n, stages = 16, 16, 1
     elif block_d > 128:
         block_m, block_n = min(block_m, 64), 32
     elif quantised and not wgmma:
@@ -226,11 +227,12 @@ def tile_config(
         else:
             block_m //= 2
     small = block_m * block_d <= 64 * 128 and dtype != torch.float32 and not quantised
+    small = small and (wgmma or block_m <= 64)
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
-        "EDGE_STAGES": 2 if wgmma else 1,
+        "EDGE_STAGES": min(stages, 2) if wgmma else 1,
         "num_warps": 4 if small else 8,
         "num_stages": stages,
     }

@@ -226,13 +226,14 @@ def tile_config(
     By 8 warps the two sums of d_kv are 64 registers a thread at head_dim 128 and 64 keys. Twice as
     long a tile stays on sm_90, where wgmma reads its operands from shared memory; d_kv would spill
     with 64 rows beside it. Of wider heads half as many keys stay, too few for wgmma in d_kv. Loops
-    with masks have two stages on sm_90, for the reason told in prefill_attention's tile_config.
+    with masks have two stages on sm_90, and float32 tiny tiles, for the reasons told in
+    prefill_attention's tile_config.
     """
     block_d = max(triton.next_power_of_2(head_dim), 16)
     wgmma = arch[0] in (9, 10) and dtype != torch.float32
     stays, moves, stages = 64, 64, 2
     if dtype == torch.float32:
-        stays, moves, stages = 32, 32, 1
+        stays, moves, stages = 16, 16, 1
     elif block_d > 128:
         stays, moves = 32 if keys_stay else 64, 32
     elif wgmma:

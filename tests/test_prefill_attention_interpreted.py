@@ -170,7 +170,7 @@ def test_quantised_cache(cache_dtype, dtype, small_splits):
     check(scene, run(scene))
 
 
-@pytest.mark.parametrize("head_dim", [1, 17, 32, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [1, 17, 32, 64, 80, 96, 128, 256])
 def test_head_dims(head_dim, dtype, small_tiles):
     scene = make_scene(
         Chunk("few", (20,), (3,), 18, 4, 5), heads=Heads(2, 1, head_dim), dtype=dtype
