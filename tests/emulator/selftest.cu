@@ -173,4 +173,4 @@ EXPORT multiply_fp16(const float* a, const float* b, float* d) {
   return run(multiply_kernel<__half>, 1, 32, 768, a, b, d);
 }
 EXPORT too_many_threads(int* out) { return run(divergent_kernel, 1, 1025, 0, out); }
-EXPORT too_much_shared(int* out) { return run(divergent_kernel, 1, 32, 48 * 1024 + 1, out); }
+EXPORT too_much_shared(int* out) { return run(divergent_kernel, 1, 32, 227 * 1024 + 1, out); }
