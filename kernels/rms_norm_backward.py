@@ -108,6 +108,13 @@ def tile_config(
     return {"BLOCK_HIDDEN": block_hidden, "STAGES": stages, "num_warps": warps}
 
 
+def work(tokens: int, hidden: int, has_residual: bool, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that rms_norm_backward_kernel moves, and its operations."""
+    parts = triton.cdiv(tokens, triton.cdiv(tokens, MAX_PARTS))
+    rows = (6 if has_residual else 3) * tokens + 1
+    return (rows * dtype.itemsize + 4 * parts) * hidden, 12 * tokens * hidden
+
+
 # 16 values of 64 parts a thread; 32 columns are a line of 128 bytes, and hidden 4096 makes 128
 # programs. Not measured.
 SUM_CONFIG = {"BLOCK_PARTS": 64, "BLOCK_COLUMNS": 32, "num_warps": 4}
@@ -171,6 +178,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
             | {"parts": "i32", "hidden": "i32"},
             "constexprs": SUM_CONFIG,
             "due": (),
+            "work": {"256 parts of 4096": ((4 * 256 + 2) * 4096, 256 * 4096)},
         }
     ]
     for has_residual in (False, True):
@@ -181,6 +189,8 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
                     pointers += ["grad_summed_ptr", "residual_ptr", "d_residual_ptr"]
                 signature = dict.fromkeys(pointers, f"*{name}") | {"partial_ptr": "*fp32"}
                 config = tile_config(hidden, has_residual, dtype, arch)
+                shape = f"4096 tokens of 4096{', residual' if has_residual else ''}"
+                headline = name == "bf16" and hidden == 4096
                 cases.append(
                     {
                         "case": f"{name} {hidden}{' add' if has_residual else ''}",
@@ -188,6 +198,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
                         "signature": signature | dict.fromkeys(numbers, "i32") | {"eps": "fp32"},
                         "constexprs": {"HAS_RESIDUAL": has_residual, **config},
                         "due": ("cp_async",) if config["STAGES"] == 2 else (),
+                        "work": {shape: work(4096, 4096, has_residual, dtype)} if headline else {},
                     }
                 )
     return cases
