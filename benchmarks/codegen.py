@@ -76,9 +76,9 @@ def prediction_table(predictions: list[Prediction]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("bound by")
     for row in predictions:
-        times = (f"{row.time_us(gpu):.3g}" for gpu in GPUS)
-        work = f"{row.bytes / 1e6:.3g}", f"{row.flops / 1e9:.3g}"
-        table.add_row(row.language, row.kernel, row.shape, *work, *times, row.bound_by())
+        numbers = [row.bytes / 1e6, row.flops / 1e9, *map(row.time_us, GPUS)]
+        cells = (f"{x:,.0f}" if x >= 1000 else f"{x:.3g}" for x in numbers)
+        table.add_row(row.language, row.kernel, row.shape, *cells, row.bound_by())
     return table
 
 

@@ -99,12 +99,13 @@ def tile_config(
 
     As forward, one warp for each 512 elements, so that a thread holds 16 of each of value, grad,
     weight and d_weight. Rows are fetched ahead where two programs then fit into the shared memory
-    of an A100's SM, and so one into the 99 KB of smaller GPUs.
+    of an A100's SM, and so one into the 99 KB of smaller GPUs; otherwise 32 warps hold the row, of
+    which 16 would spill.
     """
     block_hidden = triton.next_power_of_2(hidden)
     ahead_bytes = (4 if has_residual else 2) * block_hidden * dtype.itemsize
     stages = 2 if ahead_bytes <= 64 * 1024 else 1
-    warps = min(max(block_hidden // 512, 1), 16)
+    warps = min(max(block_hidden // 512, 1), 16) if stages == 2 else 32
     return {"BLOCK_HIDDEN": block_hidden, "STAGES": stages, "num_warps": warps}
 
 
