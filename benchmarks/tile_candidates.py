@@ -43,12 +43,17 @@ def free_numbers(config: Config) -> str:
 
 @contextlib.contextmanager
 def configured(module: ModuleType, move: Move) -> Iterator[list[Config]]:
-    """Moves what the tile_config of a kernel file returns; gives the list of what it returned."""
+    """Moves what the tile_config of a kernel file returns; gives the list of what it returned.
+
+    A file of several kernels may have a configuration of each; each stands in the list once.
+    """
     shipped, used = module.tile_config, []
 
     def tile_config(*args, **kwargs) -> Config:
-        used.append(moved(shipped(*args, **kwargs), move))
-        return used[-1]
+        config = moved(shipped(*args, **kwargs), move)
+        if config not in used:
+            used.append(config)
+        return config
 
     module.tile_config = tile_config
     try:

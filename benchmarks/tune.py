@@ -30,7 +30,7 @@ from benchmarks.device_time import cold_l2_s
 from benchmarks.environment import environment
 from benchmarks.kernel_calls import bench_call, bench_module, is_float
 from benchmarks.machine_code import ARCHS
-from benchmarks.tile_candidates import candidates, configured, free_numbers, moved
+from benchmarks.tile_candidates import candidates, configured, free_numbers
 from mistral_kernels.tolerance import error, low_precision_limit
 
 CODE = ("registers", "shared", "spills", "blocks")
@@ -49,9 +49,9 @@ def sweep(module: ModuleType, call: Callable[..., Tensor], inputs: tuple, timer=
     with configured(module, {}) as used:
         limit = low_precision_limit(error(result(), exact))
     for move in candidates(used[0]) if used else []:
-        row = {"config": moved(used[0], move), "shipped": not move, "us": None, "note": ""}
+        row = {"shipped": not move, "us": None, "note": ""}
         try:
-            with configured(module, move):
+            with configured(module, move) as row["configs"]:
                 if error(result(), exact).within(limit):
                     row["us"] = 1e6 * statistics.median(timer(call, inputs))
                 else:
@@ -76,7 +76,7 @@ def compile_candidates(module: ModuleType, arch: str) -> list[dict]:
             cases = [case for case in module.codegen_cases(capability) if case.get("work")]
         for case in cases:
             row = {"case": f"{case['kernel'].__name__} {case['case']}"}
-            row |= {"config": case["constexprs"], "shipped": not move, "note": ""}
+            row |= {"configs": [case["constexprs"]], "shipped": not move, "note": ""}
             try:
                 (code,) = compilers.compile_triton([case], arch)
                 row |= {name: getattr(code, name) for name in CODE}
@@ -97,7 +97,8 @@ def table(title: str, rows: list[dict], columns: tuple[str, ...]) -> Table:
             f"{x:.4g}" if isinstance(x, float) else "" if x is None else str(x) for x in values
         ]
         mark = "shipped" if row["shipped"] else ""
-        shown.add_row(mark, free_numbers(row["config"]), *cells, row["note"])
+        configs = "; ".join(map(free_numbers, row["configs"]))
+        shown.add_row(mark, configs, *cells, row["note"])
     return shown
 
 

@@ -67,7 +67,7 @@ def test_a_wrong_candidate_has_no_time(monkeypatch):
     times = iter([[4e-6], [2e-6], [3e-6], [1e-6]])
     inputs = (torch.randn(100).bfloat16(),)
     rows = tune.sweep(File, call, inputs, lambda run, inputs: next(times))
-    notes = {free_numbers(row["config"]): (row["us"], row["note"]) for row in rows}
+    notes = {free_numbers(row["configs"][0]): (row["us"], row["note"]) for row in rows}
     assert notes["BLOCK 64, num_warps 8"] == (None, "wrong")
     assert notes["BLOCK 128, num_warps 4"] == (None, "out of resource")
     timed = [row["us"] for row in rows if row["us"]]
