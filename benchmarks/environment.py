@@ -53,4 +53,7 @@ def commit() -> str | None:
 
 def command(argv: list[str]) -> str:
     """Return the command line with `argv[0]`, a path of this machine, as the tool's name."""
-    return shlex.join(["pytest", *argv[1:]])
+    script = Path(argv[0])
+    ours = script.parent == ROOT / "benchmarks"
+    tool = ["python", "-m", f"benchmarks.{script.stem}"] if ours else ["pytest"]
+    return shlex.join([*tool, *argv[1:]])

@@ -54,6 +54,12 @@ def tile_config(head_dim: int) -> dict[str, int]:
     return {"BLOCK_ROWS": 4, "BLOCK_D": triton.next_power_of_2(head_dim), "num_warps": 1}
 
 
+def work(rows: int, splits: int, head_dim: int) -> tuple[int, int]:
+    """Bytes that a call moves to bf16 rows, and its operations."""
+    values = rows * splits * head_dim
+    return 4 * values + 4 * rows * (splits + 1) + 2 * rows * head_dim, 3 * values
+
+
 def combine_splits(
     partial: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
@@ -82,5 +88,6 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
             "signature": pointers | {"lse_ptr": "*fp32", "rows": "i32", "splits": "i32"},
             "constexprs": {"HEAD_DIM": 128, **tile_config(128)},
             "due": (),
+            "work": {"4 tokens of 32 heads of 128, 16 splits": work(128, 16, 128)},
         }
     ]

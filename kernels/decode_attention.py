@@ -16,12 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mistral_kernels.kernels.cache_elements import (
-    as_stored,
-    expanded,
-    load_turned,
-    page_and_row,
-)
+from mistral_kernels.kernels.cache_elements import as_stored, expanded, load_turned, page_and_row
 from mistral_kernels.kernels.key_splits import (
     MAX_SPLITS,
     counter_share,
@@ -358,32 +353,40 @@ def decode_attention(
         )  # fmt: skip
 
 
+def work(
+    batch: int, keys: int, q_heads: int, kv_heads: int, head_dim: int, cache_bytes: int
+) -> tuple[int, int]:
+    """Bytes that a call with bf16 rows moves, keys and values above all, and its operations."""
+    cache = 2 * batch * keys * kv_heads * head_dim * cache_bytes
+    return cache + 4 * batch * (
+        q_heads + kv_heads
+    ) * head_dim, 4 * batch * keys * q_heads * head_dim
+
+
 def codegen_cases(arch: tuple[int, int]) -> list[dict]:
     """What benchmarks/codegen.py compiles for `arch`: Mistral 7B's heads, 32 and 8 of 128."""
-    kinds = [
-        ("bf16 one page", torch.bfloat16, 0, True, 128),
-        ("bf16 pages of 256", torch.bfloat16, 256, False, 128),
-        ("bf16 head 256", torch.bfloat16, 256, False, 256),
-        ("bf16 head 80", torch.bfloat16, 16, True, 80),
-        ("fp32 one page", torch.float32, 0, True, 128),
-        ("bf16, int8 cache", torch.int8, 0, True, 128),
-        ("bf16, fp8 cache", torch.float8_e4m3fn, 0, True, 128),
-    ]
+    names = decode_attention_kernel.arg_names
+    fixed = {name: "i32" for name in names[names.index("kv_heads") : names.index("HEAD_DIM")]}
+    fixed |= dict.fromkeys(("lse_ptr", "cos_ptr", "sin_ptr"), "*fp32") | {"scale": "fp32"}
+    fixed |= dict.fromkeys(("block_table_ptr", "positions_ptr"), "*i32") | {"workspace_ptr": "*u8"}
     cases = []
-    for case, cache_dtype, page_size, interleaved, head_dim in kinds:
+    for case, cache_dtype, page_size, interleaved, head_dim, batches in (
+        ("bf16 one page", torch.bfloat16, 0, True, 128, (1, 8, 32)),
+        ("bf16 pages of 256", torch.bfloat16, 256, False, 128, ()),
+        ("bf16 head 256", torch.bfloat16, 256, False, 256, ()),
+        ("bf16 head 80", torch.bfloat16, 16, True, 80, ()),
+        ("fp32 one page", torch.float32, 0, True, 128, ()),
+        ("bf16, int8 cache", torch.int8, 0, True, 128, (32,)),
+        ("bf16, fp8 cache", torch.float8_e4m3fn, 0, True, 128, ()),
+    ):
         fp32 = cache_dtype == torch.float32
         own = "*fp32" if fp32 else "*bf16"
         cache = {torch.int8: "*i8", torch.float8_e4m3fn: "*u8"}.get(cache_dtype, own)
-        signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), own)
+        signature = fixed | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), own)
         signature |= dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), cache)
-        signature |= dict.fromkeys(("lse_ptr", "cos_ptr", "sin_ptr"), "*fp32")
-        signature |= dict.fromkeys(("block_table_ptr", "positions_ptr"), "*i32")
         if cache_dtype in CACHE_FORMATS:
             signature |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "*fp32")
-        signature |= {"workspace_ptr": "*u8", "scale": "fp32"}
-        names = decode_attention_kernel.arg_names
-        sizes = names[names.index("kv_heads") : names.index("HEAD_DIM")]
-        signature |= {name: "i32" for name in sizes if name != "scale"}
+        works = {n: work(n, 4096, 32, 8, 128, cache_dtype.itemsize) for n in batches}
         cases.append(
             {
                 "case": case,
@@ -391,6 +394,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
                 "signature": signature,
                 "constexprs": _constants(4, page_size, interleaved, head_dim, cache_dtype, arch),
                 "due": ("cp_async",) if fp32 else ("mma", "cp_async"),
+                "work": {f"4096 keys, {case}, batch {n}": works[n] for n in batches},
             }
         )
     return cases

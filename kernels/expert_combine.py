@@ -53,6 +53,12 @@ def tile_config(hidden: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(block // 256, 1)}
 
 
+def work(tokens: int, top_k: int, splits: int, hidden: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that a call moves, and its operations."""
+    values = tokens * top_k * splits * hidden
+    return 4 * values + tokens * hidden * dtype.itemsize, 2 * values
+
+
 def expert_combine(
     slots: torch.Tensor,
     weights: torch.Tensor,
@@ -112,11 +118,17 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
             },
             "constexprs": {
                 "HAS_PLAN": has_plan,
-                "SPLITS": 1 if has_plan else 4,
+                "SPLITS": splits,
                 **tile_config(4096),
             },
             "due": (),
+            "work": {shape: work(tokens, 2, splits, 4096, torch.bfloat16)}
+            if name == "bf16"
+            else {},
         }
         for name in ("bf16", "fp32")
-        for has_plan in (True, False)
+        for has_plan, tokens, splits, shape in (
+            (True, 4096, 1, "4096 tokens of 8x7B"),
+            (False, 1, 4, "1 token of 8x7B, 4 splits"),
+        )
     ]

@@ -171,14 +171,15 @@ def tile_config(
     rows = 64 if batch_invariant else tokens if few else 2 * tokens * top_k // experts
     block_m = min(max(triton.next_power_of_2(rows), 16), 64 if dtype == torch.float32 else 128)
     if dtype == torch.float32:  # no tensor cores: the sums of a thread are what limits
-        block_n, block_k, num_warps = 64, 32, 8
+        # 8 warps would spill on sm_100, 4 on sm_90.
+        block_n, block_k, num_warps = 64, 32, 4 if arch[0] == 10 else 8
     elif block_m <= 32:
         block_n, block_k, num_warps = 64, 128, 4
     elif block_m == 64:
         block_n, block_k, num_warps = 128, 64, 4
     else:
         # mma keeps its operands in registers, too: with 64 it would spill.
-        block_n, block_k, num_warps = 256, 64 if arch >= (9, 0) else 32, 8
+        block_n, block_k, num_warps = 256, 64 if arch[0] in (9, 10) else 32, 8
     stage_bytes = (block_m + block_n) * block_k * dtype.itemsize
     stages = min(5 if block_k == 32 else 4, SHARED_BYTES.get(arch, 99 << 10) // stage_bytes)
     return {
@@ -204,6 +205,19 @@ def split_config(
     stages = triton.cdiv(ffn_dim, config["BLOCK_K"])
     splits = min(triton.cdiv(BUSY_PROGRAMS, programs), 8, max(stages // 4, 1))
     return triton.cdiv(stages, splits if config["FEW"] else 1) * config["BLOCK_K"]
+
+
+def work(
+    tokens: int, top_k: int, experts: int, hidden: int, ffn_dim: int, splits: int, itemsize: int
+) -> dict[str, tuple[int, int]]:
+    """Bytes that each kernel moves, and its operations; random routing leaves few experts out."""
+    pairs, used = tokens * top_k, experts * (1 - (1 - top_k / experts) ** tokens)
+    weights, inner = used * hidden * ffn_dim * itemsize, pairs * ffn_dim * itemsize
+    flops = 2 * pairs * hidden * ffn_dim
+    return {
+        "expert_up_kernel": (round(2 * weights + inner + tokens * hidden * itemsize), 2 * flops),
+        "expert_down_kernel": (round(weights + inner + 4 * pairs * splits * hidden), flops),
+    }
 
 
 def bytes_a_token(top_k: int, hidden: int, ffn_dim: int, dtype: torch.dtype) -> int:
@@ -302,7 +316,9 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
         (4096, torch.float32, "fp32"),
     ):
         config = tile_config(tokens, 2, 8, dtype, arch, False)
-        due = "wgmma" if arch >= (9, 0) and config["BLOCK_M"] >= 64 else "mma"
+        due = "wgmma" if config["BLOCK_M"] >= 64 else "mma"
+        splits = triton.cdiv(14336, split_config(tokens, 2, 8, 4096, 14336, config))
+        works = work(tokens, 2, 8, 4096, 14336, splits, dtype.itemsize)
         types = dict.fromkeys(("expert_ids_ptr", "starts_ptr", "order_ptr"), "*i32")
         types["slots_ptr"] = "*fp32"
         for kernel in (expert_up_kernel, expert_down_kernel):
@@ -316,6 +332,9 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
                     "signature": signature | {k: types[k] for k in types if k in signature},
                     "constexprs": {**config, "EVEN_K": True, "PAIRS": 64, "EXPERTS": 8},
                     "due": (due,) if name == "bf16" else (),
+                    "work": {f"{tokens} tokens of 8x7B": works[kernel.__name__]}
+                    if name == "bf16"
+                    else {},
                 }
             )
     return cases

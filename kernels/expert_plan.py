@@ -151,6 +151,11 @@ def tile_config(pairs: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
 
 
+def work(pairs: int, experts: int) -> tuple[int, int]:
+    """Bytes that a call moves, ids in and two places a pair out, and its operations."""
+    return 12 * pairs, 8 * experts * pairs
+
+
 def expert_plan(
     expert_ids: torch.Tensor,
     experts: int,
@@ -198,6 +203,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
             },
             "constexprs": tile_config(pairs),
             "due": (),
+            "work": {"4096 tokens, top-2 of 8": work(pairs, 8)} if pairs == 8192 else {},
         }
         for pairs in (66, 8192)
     ]

@@ -79,7 +79,7 @@ def tile_config(
         block_n, block_k, num_warps = 64, 64, 4
     else:
         # mma keeps its operands in registers, too: with 64 it would spill.
-        block_n, block_k, num_warps = 256, 64 if arch >= (9, 0) else 32, 8
+        block_n, block_k, num_warps = 256, 64 if arch[0] in (9, 10) else 32, 8
     shared = SHARED_BYTES.get(arch, 99 << 10) // (1 if block_n == 256 else 2)
     stage_bytes = (block_m + block_n) * block_k * dtype.itemsize
     return {
@@ -90,6 +90,12 @@ def tile_config(
         "num_warps": num_warps,
         "num_stages": min(6, shared // stage_bytes),
     }
+
+
+def work(rows: int, in_dim: int, out_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that a call moves, and its operations."""
+    elements = in_dim * out_dim + rows * (in_dim + out_dim)
+    return elements * dtype.itemsize, 2 * rows * in_dim * out_dim
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, batch_invariant: bool) -> None:
@@ -134,7 +140,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
         (4096, torch.float32, "fp32", False),
     ):
         config = tile_config(rows, dtype, arch, batch_invariant)
-        due = "wgmma" if arch >= (9, 0) and config["BLOCK_M"] >= 64 else "mma"
+        due = "wgmma" if config["BLOCK_M"] >= 64 else "mma"
         numbers = ("rows", "in_dim", "out_dim", "stride_x_row", "stride_weight_row")
         signature = dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), f"*{name}")
         cases.append(
@@ -144,6 +150,9 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
                 "signature": signature | dict.fromkeys(numbers, "i32"),
                 "constexprs": {**config, "EVEN_K": True},
                 "due": (due, "cp_async") if name == "bf16" else ("cp_async",),
+                "work": {f"{rows} rows, 4096 to 28672": work(rows, 4096, 28672, dtype)}
+                if name == "bf16"
+                else {},
             }
         )
     return cases

@@ -238,6 +238,15 @@ def tile_config(
     }
 
 
+def work(
+    tokens: int, context: int, window: int, q_heads: int, kv_heads: int, head_dim: int
+) -> tuple[int, int]:
+    """Bytes that a call in bf16 moves, and operations on pairs of query and key that count."""
+    pairs = sum(min(context + token + 1, window) for token in range(tokens))
+    rows = 2 * tokens * q_heads + 2 * (tokens + min(context, window)) * kv_heads
+    return 2 * rows * head_dim, 4 * pairs * q_heads * head_dim
+
+
 @functools.cache
 def _device_facts(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability and multiprocessors; the interpreter, on CPU tensors, is like one."""
@@ -364,14 +373,19 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
             "HEAD_DIM": head_dim,
             "SPLIT_KEYS": SPLIT_KEYS if rows == 16 else 0,
         }
-        wide = arch[0] == 9 and config["BLOCK_M"] >= 64
+        works = {}
+        if case == "new keys":
+            works["16384 tokens, window 4096"] = work(16384, 0, 4096, 32, 8, 128)
+        elif rows == 16:
+            works["4 tokens after 4096"] = work(4, 4096, 4096, 32, 8, 128)
         cases.append(
             {
                 "case": f"bf16 {case}",
                 "kernel": prefill_attention_kernel,
                 "signature": signature,
                 "constexprs": constants | config,
-                "due": ("wgmma" if wide else "mma", "cp_async"),
+                "due": ("wgmma" if config["BLOCK_M"] >= 64 else "mma", "cp_async"),
+                "work": works,
             }
         )
     return cases

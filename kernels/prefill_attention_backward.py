@@ -263,6 +263,17 @@ def tile_config(
     return config | {"SETTLED": wgmma and stays >= 64} if keys_stay else config
 
 
+def work(
+    tokens: int, window: int, q_heads: int, kv_heads: int, head_dim: int, *, keys_stay: bool
+) -> tuple[int, int]:
+    """Bytes that the d_q kernel, or d_kv, moves in bf16, and operations on pairs that count."""
+    pairs = sum(min(token + 1, window) for token in range(tokens)) * q_heads
+    q_bytes, kv_bytes = (2 * tokens * heads * head_dim for heads in (q_heads, kv_heads))
+    if keys_stay:
+        return 2 * q_bytes + 4 * kv_bytes, 8 * pairs * head_dim
+    return 5 * q_bytes + 2 * kv_bytes, 6 * pairs * head_dim  # `out` is float32
+
+
 def max_group(head_dim: int) -> int:
     """The largest group whose rows of one token fit, twice and in float32, into 99 KiB."""
     return 64 if head_dim <= 128 else 32
@@ -342,7 +353,12 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
                 "kernel": kernel,
                 "signature": signature,
                 "constexprs": constants,
-                "due": ("wgmma" if arch[0] == 9 and wide else "mma", "cp_async"),
+                "due": ("wgmma" if wide else "mma", "cp_async"),
+                "work": {
+                    "16384 tokens, window 4096": work(16384, 4096, 32, 8, 128, keys_stay=keys_stay)
+                }
+                if head_dim == 128
+                else {},
             }
         )
     return cases

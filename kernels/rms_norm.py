@@ -63,6 +63,12 @@ def tile_config(hidden: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict[
     return {"BLOCK_HIDDEN": block_hidden, "num_warps": min(max(block_hidden // 512, 1), 16)}
 
 
+def work(tokens: int, hidden: int, has_residual: bool, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that a call moves, and its operations."""
+    tensors, operations = (4, 5) if has_residual else (2, 4)
+    return (tensors * tokens + 1) * hidden * dtype.itemsize, operations * tokens * hidden
+
+
 def rms_norm(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -112,6 +118,8 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
             for hidden in (4096, MAX_HIDDEN):
                 config = tile_config(hidden, dtype, arch)
+                shape = f"4096 tokens of 4096{', residual' if has_residual else ''}"
+                headline = name == "bf16" and hidden == 4096
                 pointer = f"*{name}"
                 cases.append(
                     {
@@ -130,6 +138,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
                         },
                         "constexprs": {"HAS_RESIDUAL": has_residual, **config},
                         "due": (),
+                        "work": {shape: work(4096, 4096, has_residual, dtype)} if headline else {},
                     }
                 )
     return cases

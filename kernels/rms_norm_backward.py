@@ -99,13 +99,21 @@ def tile_config(
 
     As forward, one warp for each 512 elements, so that a thread holds 16 of each of value, grad,
     weight and d_weight. Rows are fetched ahead where two programs then fit into the shared memory
-    of an A100's SM, and so one into the 99 KB of smaller GPUs.
+    of an A100's SM, and so one into the 99 KB of smaller GPUs; otherwise 32 warps hold the row, of
+    which 16 would spill.
     """
     block_hidden = triton.next_power_of_2(hidden)
     ahead_bytes = (4 if has_residual else 2) * block_hidden * dtype.itemsize
     stages = 2 if ahead_bytes <= 64 * 1024 else 1
-    warps = min(max(block_hidden // 512, 1), 16)
+    warps = min(max(block_hidden // 512, 1), 16) if stages == 2 else 32
     return {"BLOCK_HIDDEN": block_hidden, "STAGES": stages, "num_warps": warps}
+
+
+def work(tokens: int, hidden: int, has_residual: bool, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that rms_norm_backward_kernel moves, and its operations."""
+    parts = triton.cdiv(tokens, triton.cdiv(tokens, MAX_PARTS))
+    rows = (6 if has_residual else 3) * tokens + 1
+    return (rows * dtype.itemsize + 4 * parts) * hidden, 12 * tokens * hidden
 
 
 # 16 values of 64 parts a thread; 32 columns are a line of 128 bytes, and hidden 4096 makes 128
@@ -171,6 +179,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
             | {"parts": "i32", "hidden": "i32"},
             "constexprs": SUM_CONFIG,
             "due": (),
+            "work": {"256 parts of 4096": ((4 * 256 + 2) * 4096, 256 * 4096)},
         }
     ]
     for has_residual in (False, True):
@@ -181,6 +190,8 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
                     pointers += ["grad_summed_ptr", "residual_ptr", "d_residual_ptr"]
                 signature = dict.fromkeys(pointers, f"*{name}") | {"partial_ptr": "*fp32"}
                 config = tile_config(hidden, has_residual, dtype, arch)
+                shape = f"4096 tokens of 4096{', residual' if has_residual else ''}"
+                headline = name == "bf16" and hidden == 4096
                 cases.append(
                     {
                         "case": f"{name} {hidden}{' add' if has_residual else ''}",
@@ -188,6 +199,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
                         "signature": signature | dict.fromkeys(numbers, "i32") | {"eps": "fp32"},
                         "constexprs": {"HAS_RESIDUAL": has_residual, **config},
                         "due": ("cp_async",) if config["STAGES"] == 2 else (),
+                        "work": {shape: work(4096, 4096, has_residual, dtype)} if headline else {},
                     }
                 )
     return cases

@@ -137,6 +137,14 @@ def tile_config(
     return {"BLOCK_HEADS": block_heads, "BLOCK_PAIRS": block_pairs, "num_warps": warps}
 
 
+def work(
+    tokens: int, q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Bytes that a call moves, and its operations."""
+    elements = tokens * (q_heads + kv_heads) * head_dim
+    return 2 * elements * dtype.itemsize + tokens * (4 * head_dim + 4), 3 * elements
+
+
 def rope(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -187,6 +195,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
             scale = {"q_scale_ptr": "constexpr" if head_dim == 80 else "*fp32"}
             flags = {"INVERSE": head_dim == 80, "INTERLEAVED": interleaved, "HEAD_DIM": head_dim}
+            headline = name == "bf16" and head_dim == 128 and interleaved
             signature = dict.fromkeys(rows, f"*{name}") | tables | scale
             cases.append(
                 {
@@ -195,6 +204,9 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
                     "signature": signature | dict.fromkeys(numbers, "i32"),
                     "constexprs": flags | tile_config(32, 8, head_dim, dtype, arch),
                     "due": (),
+                    "work": {"4096 tokens of 32 + 8 heads of 128": work(4096, 32, 8, 128, dtype)}
+                    if headline
+                    else {},
                 }
             )
     return cases

@@ -127,6 +127,16 @@ def tile_config(
     return {"BLOCK_TOKENS": block_tokens, "BLOCK_EXPERTS": block_experts, "num_warps": warps}
 
 
+def work(
+    tokens: int, experts: int, top_k: int, backward: bool, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Bytes that a call moves, and its operations."""
+    row_bytes = experts * dtype.itemsize + 8 * top_k
+    if backward:
+        row_bytes += experts * dtype.itemsize - 4 * top_k  # only gradients in, and logits' out
+    return tokens * row_bytes, 10 * tokens * experts * top_k
+
+
 def _launch(kernel, logits: torch.Tensor, top_k: int, *arguments: torch.Tensor | None) -> None:
     tokens, experts = logits.shape
     if tokens == 0:
@@ -172,6 +182,7 @@ def route_experts_backward(
 
 def codegen_cases(arch: tuple[int, int]) -> list[dict]:
     """What benchmarks/codegen.py compiles for `arch`: Mixtral's 8 experts and the most, top-2."""
+    dtype = torch.bfloat16
     outputs = {
         route_experts_kernel: {"weights_ptr": "*fp32", "expert_ids_ptr": "*i32"},
         route_experts_backward_kernel: {"grad_ptr": "*fp32", "d_logits_ptr": "*bf16"},
@@ -183,8 +194,11 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
             "case": f"bf16 {experts} top-2",
             "kernel": kernel,
             "signature": inputs | tensors,
-            "constexprs": {"TOP_K": 2, **tile_config(experts, 2, torch.bfloat16, arch)},
+            "constexprs": {"TOP_K": 2, **tile_config(experts, 2, dtype, arch)},
             "due": (),
+            "work": {"4096 tokens of 8, top-2": work(4096, 8, 2, "grad_ptr" in tensors, dtype)}
+            if experts == 8
+            else {},
         }
         for kernel, tensors in outputs.items()
         for experts in (8, MAX_EXPERTS)

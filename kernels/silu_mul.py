@@ -76,6 +76,12 @@ def tile_config(ffn_dim: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict
     return {"BLOCK_FFN": block_ffn, "num_warps": max(block_ffn // 256, 1)}
 
 
+def work(tokens: int, ffn_dim: int, backward: bool, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that a call moves, and its operations."""
+    tensors, operations = (5, 12) if backward else (3, 6)
+    return tensors * tokens * ffn_dim * dtype.itemsize, operations * tokens * ffn_dim
+
+
 def _launch(kernel, gate_up: torch.Tensor, *arguments: torch.Tensor) -> None:
     tokens, ffn_dim = gate_up.shape[0], gate_up.shape[1] // 2
     if tokens == 0 or ffn_dim == 0:
@@ -123,6 +129,9 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
             "signature": dict.fromkeys(pointers, f"*{name}") | sizes,
             "constexprs": tile_config(14336, dtype, arch),
             "due": (),
+            "work": {"4096 tokens of 14336": work(4096, 14336, "grad_ptr" in pointers, dtype)}
+            if name == "bf16"
+            else {},
         }
         for kernel, pointers in tensors.items()
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32"))

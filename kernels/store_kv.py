@@ -123,6 +123,11 @@ def tile_config(
     return tile | {"num_warps": warps}
 
 
+def work(tokens: int, kv_heads: int, head_dim: int, stored_bytes: int) -> tuple[int, int]:
+    """Bytes that a call with bf16 rows moves, and its operations, which do not count."""
+    return 2 * tokens * kv_heads * head_dim * (2 + stored_bytes), 0
+
+
 def store_kv(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -159,7 +164,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
     """What benchmarks/codegen.py compiles for `arch`: 8 heads of 128 to each kind of cache."""
     numbers = [name for name in store_kv_kernel.arg_names if not name.endswith("_ptr")]
     cases = []
-    for kind, stored in (("bf16", "bf16"), ("int8", "i8"), ("fp8", "u8")):
+    for kind, stored, width in (("bf16", "bf16", 2), ("int8", "i8", 1), ("fp8", "u8", 1)):
         pointers = dict.fromkeys(("k_ptr", "v_ptr"), "*bf16")
         pointers |= dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), f"*{stored}")
         pointers |= dict.fromkeys(("block_table_ptr", "cu_seqlens_ptr", "context_lens_ptr"), "*i32")
@@ -173,6 +178,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
                 "signature": pointers | sizes,
                 "constexprs": tile_config(8, 128, torch.bfloat16, arch),
                 "due": (),
+                "work": {f"4096 tokens of 8 heads of 128 to {kind}": work(4096, 8, 128, width)},
             }
         )
     return cases

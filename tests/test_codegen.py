@@ -1,13 +1,15 @@
 """Every kernel compiles for every architecture without a spill; and the checks of that notice."""
 
 import importlib.util
+import json
 
 import pytest
 
-from benchmarks import codegen
-from benchmarks.codegen import Row
+from benchmarks import codegen, compilers
+from benchmarks.machine_code import ARCHS, Row, read_instructions
+from benchmarks.roofline import Prediction
 
-needs_nvcc = pytest.mark.skipif(codegen.find_nvcc() is None, reason="nvcc is not installed")
+needs_nvcc = pytest.mark.skipif(compilers.find_nvcc() is None, reason="nvcc is not installed")
 
 TRITON_MODULE = """
 import triton
@@ -31,6 +33,8 @@ def codegen_cases(arch):
 # 64 live values a thread do not fit into the 32 registers that 2048 threads leave to each.
 CUDA_SOURCE = """
 // codegen: spilling_kernel is due mma
+// codegen: spilling_kernel takes 4096 bytes of shared memory at launch
+// codegen: spilling_kernel moves 2.6e5 bytes, does 4e3 operations for one block
 __global__ void __launch_bounds__(1024, 2) spilling_kernel(float* data) {
   float values[64];
 #pragma unroll
@@ -46,10 +50,12 @@ __global__ void forgotten_kernel(float* data) {
 }
 """
 
+
 # The second instantiation moves 4 bytes at a time.
 COPIES = """
 // codegen: copy_kernel is due load_16
 // codegen: copy_kernel<*4> is due store_16
+// codegen: copy_kernel<float> takes 1000 bytes of shared memory
 template <typename T>
 __global__ void copy_kernel(const T* from, T* to) {
   to[threadIdx.x] = from[threadIdx.x];
@@ -58,61 +64,156 @@ template __global__ void copy_kernel<float4>(const float4*, float4*);
 template __global__ void copy_kernel<float>(const float*, float*);
 """
 
+# (language, kernel) of which no headline shape's bytes and operations are written down yet.
+WITHOUT_WORK: set[tuple[str, str]] = set()
 
-@needs_nvcc
-def test_every_kernel_is_clean(capsys):
-    status = codegen.main()
+
+def fields_of_a_row(**change):
+    fields = dict(language="CUDA", kernel="k", case="", arch="sm_80", registers=32, shared=0)
+    return fields | {"stack": 0, "spills": 0, "threads": 256} | change
+
+
+@pytest.fixture
+def module_of(tmp_path):
+    """Imports a kernel file with this text."""
+
+    def load(text):
+        path = tmp_path / "kernel_file.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location("kernel_file", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def test_every_kernel_is_clean(capsys, tmp_path):
+    out = tmp_path / "codegen.json"
+    status = codegen.main(["--json", str(out)])
     assert status == 0, capsys.readouterr().out
+    tables = json.loads(out.read_text())
+    assert {row["arch"] for row in tables["rows"]} == set(ARCHS)
+    assert all(row["bytes_in_flight"] > 0 for row in tables["rows"])
+    compiled, predicted = (
+        {(row["language"], row["kernel"]) for row in tables[name]}
+        for name in ("rows", "predictions")
+    )
+    assert compiled - predicted == WITHOUT_WORK
 
 
 @pytest.mark.parametrize(
-    ("change", "problem"),
+    ("change", "problems"),
     [
         ({}, []),
         ({"spills": 8}, ["spills 8 bytes"]),
         ({"shared": 167_000}, ["takes 167000 bytes of shared memory"]),
         ({"shared": 167_000, "arch": "sm_90a"}, []),
+        ({"registers": 255, "threads": 512}, ["does not fit on a multiprocessor"]),
         ({"due": ("mma", "cp_async"), "counts": {"mma": 0, "cp_async": 3}}, ["has no mma"]),
+        ({"due": ("mma",), "counts": {"tcgen05": 1}, "arch": "sm_100a"}, []),
+        ({"due": ("wgmma",), "counts": {"mma": 1}}, []),
+        ({"due": ("wgmma",), "counts": {"mma": 1}, "arch": "sm_90a"}, ["has no wgmma"]),
+        ({"due": ("wgmma",), "counts": {"mma": 1}, "arch": "sm_100a"}, ["has no tcgen05"]),
+        ({"due": ("wgmma",), "counts": {"tcgen05": 1}, "arch": "sm_100a"}, []),
     ],
 )
-def test_problems_of_a_row(change, problem):
-    fields = dict(language="CUDA", kernel="k", case="", arch="sm_80", registers=32, shared=0)
-    assert Row(**fields | {"stack": 0, "spills": 0} | change).problems() == problem
+def test_problems_of_a_row(change, problems):
+    assert Row(**fields_of_a_row(**change)).problems() == problems
 
 
-def test_a_triton_kernel_without_a_case_is_noticed(tmp_path):
-    path = tmp_path / "one_forgotten.py"
-    path.write_text(TRITON_MODULE)
-    spec = importlib.util.spec_from_file_location("one_forgotten", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    rows, left_out = codegen.triton_rows(module, tmp_path)
-    assert left_out == {"forgotten_kernel"}
-    assert {row.kernel for row in rows} == {"shown_kernel"}
-    assert all(row.problems() == ["has no mma"] and row.registers > 0 for row in rows)
+@pytest.mark.parametrize(
+    ("change", "blocks"),
+    [
+        ({}, 8),  # 2048 threads
+        ({"arch": "sm_120a"}, 6),  # 1536
+        ({"threads": 32}, 32),
+        ({"registers": 33}, 6),  # 40 are given out: 12 warps a quarter
+        ({"registers": 255, "threads": 128}, 2),
+        ({"shared": 60 << 10}, 2),
+        ({"shared": 60 << 10, "arch": "sm_90a"}, 3),
+        ({"tensor_columns": 256, "arch": "sm_100a"}, 2),
+    ],
+)
+def test_blocks_of_a_multiprocessor(change, blocks):
+    assert Row(**fields_of_a_row(**change)).blocks == blocks
+
+
+def test_bytes_in_flight_fit_where_they_go_to():
+    assert Row(**fields_of_a_row(load_bytes=16)).bytes_in_flight == 2048 * 16
+    assert Row(**fields_of_a_row(load_bytes=1600)).bytes_in_flight == 65536 * 4
+    copies = fields_of_a_row(copy_bytes=64, shared=60 << 10)
+    assert Row(**copies).bytes_in_flight == 2 * 256 * 64
+    assert Row(**copies | {"copy_bytes": 640}).bytes_in_flight == 2 * (60 << 10)
+    assert Row(**copies | {"copy_bytes": 0, "counts": {"tma": 1}}).bytes_in_flight == 2 * (60 << 10)
+
+
+def test_instructions_are_read():
+    found = read_instructions(
+        "@P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64]\nLDG.E R1, desc\nLDG.E.U16 R1, desc\n"
+        "LDGSTS.E.BYPASS.128 [R3], desc\nLDGSTS.E.64 [R3], desc\nSTG.E.128 desc[UR4][R2.64], R4\n"
+        "HMMA.16816.F32.BF16 R4, R4\nHGMMA.64x128x16.F32.BF16 R24\n@P1 UTCHMMA gdesc[UR4]\n"
+        "UTCATOMSWS.AND URZ\nUTMALDG.2D [UR8]"
+    )
+    assert (found["load_bytes"], found["copy_bytes"]) == (16 + 4 + 2, 16 + 8)
+    counts = {"mma": 1, "wgmma": 1, "tcgen05": 1, "cp_async": 2, "tma": 1}
+    counts |= {"load_16": 2, "store_16": 1}
+    assert found["counts"] == counts
+
+
+def test_a_prediction_is_the_longer_of_two_times():
+    row = Prediction("CUDA", "k", "a shape", bytes=4.8e9, flops=0)
+    assert row.time_us("H200") == pytest.approx(1000) and row.bound_by() == "memory"
+    row = row._replace(flops=989e9)
+    assert row.time_us("H100") == pytest.approx(4.8e9 / 3.35e6)
+    assert row.time_us("A100") == pytest.approx(989e9 / 312e6)
+    assert row.bound_by() == "matrix units on A100"
+    assert row._replace(flops=1e15).bound_by() == "matrix units"
+
+
+def test_a_triton_kernel_without_a_case_is_noticed(module_of, monkeypatch, capsys):
+    module = module_of(TRITON_MODULE)
+    monkeypatch.setattr(compilers, "triton_modules", lambda: {"one_forgotten": module})
+    monkeypatch.setattr(compilers, "triton_module", lambda stem: module)
+    monkeypatch.setattr(compilers, "find_nvcc", lambda: None)
+    monkeypatch.setattr(
+        codegen, "compile_all", lambda jobs: sum(map(codegen.compile_file, jobs), [])
+    )
+    assert codegen.main(["--archs", "sm_80", "sm_90a"]) == 1
+    shown = capsys.readouterr().out
+    assert "forgotten_kernel: not in the table" in shown and "nvcc was not found" in shown
+    assert shown.count("has no mma") == 2 and "shown_kernel: not" not in shown
+    assert codegen.main(["--archs", "sm_80", "--kernel", "shown_kernel"]) == 1
+    assert "not in the table" not in capsys.readouterr().out.replace(".cu files are not", "")
+    with pytest.raises(SystemExit):
+        codegen.main(["--kernel", "no_kernel"])
 
 
 @needs_nvcc
-def test_a_spill_and_an_unused_template_are_noticed(tmp_path):
+def test_a_cuda_file_and_its_comments(tmp_path, monkeypatch, capsys):
     path = tmp_path / "bad.cu"
     path.write_text(CUDA_SOURCE)
-    rows, left_out = codegen.cuda_rows(codegen.find_nvcc(), path, tmp_path)
-    assert left_out == {"forgotten_kernel"}
-    assert [row.arch for row in rows] == ["sm_80", "sm_90a"]
-    for row in rows:
-        spill, missing = row.problems()
-        assert spill.startswith("spills ") and missing == "has no mma"
+    monkeypatch.setattr(compilers, "triton_modules", dict)
+    monkeypatch.setattr(compilers, "cuda_files", lambda: [path])
+    monkeypatch.setattr(
+        codegen, "compile_all", lambda jobs: sum(map(codegen.compile_file, jobs), [])
+    )
+    out = tmp_path / "codegen.json"
+    assert codegen.main(["--archs", "sm_80", "sm_90a", "--json", str(out)]) == 1
+    assert "forgotten_kernel: not in the table" in capsys.readouterr().out
+    tables = json.loads(out.read_text())
+    for row, arch in zip(tables["rows"], ("sm_80", "sm_90a"), strict=True):
+        assert (row["arch"], row["threads"], row["registers"]) == (arch, 1024, 32)
+        assert row["shared"] >= 4096 and row["spills"] > 0 and not row["counts"]["mma"]
+    (row,) = tables["predictions"]
+    assert (row["bytes"], row["flops"], row["shape"]) == (2.6e5, 4e3, "one block")
 
 
 @needs_nvcc
-def test_narrow_accesses_are_noticed_where_wide_ones_are_due(tmp_path):
+def test_comments_may_mean_some_instantiations(tmp_path):
     path = tmp_path / "copies.cu"
     path.write_text(COPIES)
-    rows, left_out = codegen.cuda_rows(codegen.find_nvcc(), path, tmp_path)
-    assert not left_out
-    problems = {(row.case, row.arch): row.problems() for row in rows}
-    assert problems == {
-        (case, arch): found
-        for case, found in (("float4", []), ("float", ["has no load_16"]))
-        for arch in codegen.ARCHS.values()
-    }
+    narrow, wide = compilers.compile_cuda(compilers.find_nvcc(), path, "sm_90a")
+    assert (wide.case, wide.problems()) == ("float4", [])
+    assert (narrow.case, narrow.problems()) == ("float", ["has no load_16"])
+    assert narrow.shared == wide.shared + 1000

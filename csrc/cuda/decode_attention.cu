@@ -31,6 +31,10 @@
 
 // codegen: decode_attention_kernel is due mma
 // codegen: decode_attention_kernel is due cp_async
+// codegen: decode_attention_kernel takes 65536 bytes of shared memory at launch
+// codegen: decode_attention_kernel moves 16.8e6 bytes, does 67e6 operations for batch 1, 4096 keys
+// codegen: decode_attention_kernel moves 134e6 bytes, does 537e6 operations for batch 8
+// codegen: decode_attention_kernel moves 538e6 bytes, does 2.15e9 operations for batch 32
 
 namespace mistral_kernels::cuda {
 namespace {

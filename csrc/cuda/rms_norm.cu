@@ -15,12 +15,17 @@ namespace mistral_kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;  // not measured; hidden 4096 in bf16 is two vectors a thread
+// Blocks that an SM must hold; of float, 8 of them would spill on sm_100.
+template <typename T>
+constexpr int kBlocks = sizeof(T) == 4 ? 6 : 8;
 
 // Grid (tokens). A block owns one row; a thread owns every kThreads-th vector of it.
 // codegen: rms_norm_kernel<*, true> is due load_16
 // codegen: rms_norm_kernel<*, true> is due store_16
+// codegen: rms_norm_kernel moves 67.1e6 bytes, does 67.1e6 operations for 4096 tokens of 4096
+// codegen: rms_norm_kernel moves 134e6 bytes, does 84e6 operations for 4096 of 4096, residual
 template <typename T, bool kHasResidual, bool kWhole>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     rms_norm_kernel(const T* __restrict__ x,         // (tokens, hidden)
                     const T* __restrict__ residual,  // (tokens, hidden) or null
                     const T* __restrict__ weight,    // (hidden,)

@@ -33,6 +33,7 @@ __device__ void turn(T& first, T& second, float cos, float sin, float scale) {
 //   thread 1: elements 8..15 and 24..31: pairs 8..15 half-split, 4..7 and 12..15 interleaved
 // codegen: rope_kernel<*, true> is due load_16
 // codegen: rope_kernel<*, true> is due store_16
+// codegen: rope_kernel moves 86e6 bytes, does 63e6 operations for 4096 tokens of 40 heads of 128
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kThreads) rope_kernel(const Rope args) {
   constexpr int kWidth = Vector<T>::kWidth;

@@ -19,6 +19,7 @@ constexpr int kTokens = kThreads / kWarpThreads;
 
 // Grid (cdiv(tokens, kTokens)). A warp owns one token, a lane every 32nd expert and, of the
 // results, every 32nd slot.
+// codegen: route_experts_kernel moves 131e3 bytes, does 655e3 operations for 4096 tokens
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     route_experts_kernel(const T* __restrict__ logits,           // (tokens, experts)

@@ -21,6 +21,7 @@ constexpr int kThreads = 128;
 // Grid (tokens, pieces of a row). A block owns kThreads vectors of one row, a thread one of them.
 // codegen: silu_mul_kernel<*, true> is due load_16
 // codegen: silu_mul_kernel<*, true> is due store_16
+// codegen: silu_mul_kernel moves 352e6 bytes, does 352e6 operations for 4096 tokens of 14336
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kThreads)
     silu_mul_kernel(const T* __restrict__ gate_up,  // (tokens, 2 * ffn_dim), gate first

@@ -79,6 +79,8 @@ __device__ void store_row(const Pages& pages, bool is_int8, const Slot& slot, in
 // it. Of a cache that is not quantised T has the size of the elements; only their bits move.
 // codegen: store_kv_kernel<*, true> is due load_16
 // codegen: store_kv_kernel<*, false, true> is due store_16
+// codegen: store_kv_kernel moves 33.6e6 bytes for 4096 tokens of 8 heads of 128, bf16
+// codegen: store_kv_kernel moves 25.2e6 bytes for 4096 tokens of 8 heads of 128 to int8 or fp8
 template <typename T, bool kQuantised, bool kWhole>
 __global__ void __launch_bounds__(kThreads) store_kv_kernel(const StoreKv args, uint32_t capacity) {
   constexpr int kWidth = Vector<T>::kWidth;
