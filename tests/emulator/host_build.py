@@ -117,9 +117,10 @@ def emulated_core() -> ModuleType:
 
 
 def load(name: str, path: Path) -> ModuleType:
-    """Imports the extension from its file, beside a real one of the same name."""
-    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    """Imports the extension `name` from its file, beside others of that name: pybind11 would return
+    the one that was loaded first, so each gets a package of its own."""
+    loader = importlib.machinery.ExtensionFileLoader(f"{path.stem}.{name}", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     loader.exec_module(module)
     return module
 
