@@ -1,5 +1,6 @@
 #include "block.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
 
@@ -10,19 +11,20 @@ Block* running_block;
 
 namespace {
 
-// In a random order a warp has about this many turns, and a block this many warps, in a row.
+// In a random order a warp has about this many turns in a row.
 constexpr int kWarpTurns = 48;
-constexpr int kBlockTurns = 6;
+// And keeps its number for about so many atomics and fences.
+constexpr int kWarpYields = 4;
 
 bool yielded;  // the thread that ran last
 
 }  // namespace
 
-void Block::start(uint3 index, dim3 shape, size_t dynamic_bytes, void (*body)()) {
+void Block::start(uint3 index, dim3 shape, size_t dynamic_bytes, void (*body)(), Turns& turns) {
   const int count = static_cast<int>(shape.x * shape.y * shape.z);
   index_ = index;
   if (static_cast<int>(threads_.size()) < count) threads_.resize(count);
-  warps_.assign((count + kWarpThreads - 1) / kWarpThreads, Warp{0, 0, 0});
+  warps_.assign((count + kWarpThreads - 1) / kWarpThreads, Warp{});
   for (int i = 0; i < count; ++i) {
     Thread& thread = threads_[i];
     const unsigned row = i / shape.x;
@@ -33,23 +35,31 @@ void Block::start(uint3 index, dim3 shape, size_t dynamic_bytes, void (*body)())
     thread.fiber.start(body);
     warps_[thread.warp].ready |= 1u << thread.lane;
   }
+  for (Warp& warp : warps_) warp.number = turns.deal();
   live_ = count;
   arrived_ = 0;
   shared_.allocate(dynamic_bytes);
 }
 
-bool Block::can_run() const {
+uint64_t Block::urgency() const {
+  uint64_t highest = 0;
   for (const Warp& warp : warps_) {
-    if (warp.ready) return true;
+    if (warp.ready) highest = std::max(highest, warp.number);
   }
-  return false;
+  return highest;
+}
+
+int Block::choose_warp(Turns& turns) const {
+  const uint64_t highest = turns.dealt() ? urgency() : 0;
+  return turns.choose(static_cast<int>(warps_.size()), [&](int i) {
+    return warps_[i].ready && (highest == 0 || warps_[i].number == highest);
+  });
 }
 
 void Block::run(Turns& turns) {
-  const int warps = static_cast<int>(warps_.size());
   running_block = this;
   do {
-    const int chosen = turns.choose(warps, [&](int i) { return warps_[i].ready != 0; });
+    const int chosen = choose_warp(turns);
     if (chosen < 0) return;
     Warp& warp = warps_[chosen];
     do {
@@ -58,7 +68,8 @@ void Block::run(Turns& turns) {
       running->fiber.resume();
       rethrow_failure();
     } while (warp.ready && !yielded && !turns.changes(kWarpTurns));
-  } while (!turns.changes(std::exchange(yielded, false) ? 2 : kBlockTurns));
+    if (std::exchange(yielded, false) && turns.changes(kWarpYields)) warp.number = turns.deal();
+  } while (!turns.dealt());
 }
 
 void Block::release_barrier() {

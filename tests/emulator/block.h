@@ -30,6 +30,7 @@ struct Thread {
 
 // Sets of lanes, one bit each.
 struct Warp {
+  uint64_t number;  // as dealt by Turns
   unsigned ready;
   unsigned waiting;     // for a collective operation
   unsigned at_barrier;  // of the block
@@ -38,14 +39,16 @@ struct Warp {
 class Block {
  public:
   // Begins a block of `shape` threads, each of which will run `body`.
-  void start(uint3 index, dim3 shape, size_t dynamic_bytes, void (*body)());
+  void start(uint3 index, dim3 shape, size_t dynamic_bytes, void (*body)(), Turns& turns);
 
-  // Gives turns to threads until none can go on or, in a random order, another block may have a
-  // turn. Throws what a thread threw.
+  // Gives turns to threads until none can go on or, if numbers were dealt, another warp may have
+  // a higher one. Throws what a thread threw.
   void run(Turns& turns);
 
   bool finished() const { return live_ == 0; }
-  bool can_run() const;
+
+  // The highest number of a warp that can run; 0: none can.
+  uint64_t urgency() const;
   uint3 index() const { return index_; }
   SharedMemory& shared() { return shared_; }
 
@@ -56,6 +59,7 @@ class Block {
   void return_thread();
 
  private:
+  int choose_warp(Turns& turns) const;
   void release_barrier();
   void complete(Warp& warp, Thread* threads, unsigned mask);
 

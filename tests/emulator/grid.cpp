@@ -40,11 +40,24 @@ class Residents {
   explicit Residents(size_t dynamic_bytes) : dynamic_bytes_(dynamic_bytes) {}
 
   int count() const { return alive_; }
-  const Block& operator[](int i) const { return *blocks()[i]; }
 
   void start(uint3 index) {
     if (static_cast<int>(blocks().size()) == alive_) blocks().push_back(std::make_unique<Block>());
-    blocks()[alive_++]->start(index, blockDim, dynamic_bytes_, thread_main);
+    blocks()[alive_++]->start(index, blockDim, dynamic_bytes_, thread_main, *turns);
+  }
+
+  // The block that has a turn now; -1: none can run.
+  int choose() const {
+    int chosen = -1;
+    uint64_t highest = 0;
+    for (int i = 0; i < alive_; ++i) {
+      const uint64_t urgency = blocks()[i]->urgency();
+      if (urgency > highest) {
+        highest = urgency;
+        chosen = i;
+      }
+    }
+    return chosen;
   }
 
   void run(int i) {
@@ -87,8 +100,7 @@ void run_blocks(size_t dynamic_bytes) {
       ++next;
     }
     if (residents.count() == 0) return;
-    const int chosen =
-        turns->choose(residents.count(), [&](int i) { return residents[i].can_run(); });
+    const int chosen = residents.choose();
     if (chosen < 0) throw std::runtime_error("emulator: a barrier that not all threads reach");
     residents.run(chosen);
   }

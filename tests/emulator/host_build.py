@@ -74,11 +74,16 @@ def once(folder: Path, kind: str, command: list, content: bytes) -> Path:
 @cache
 def compile_object(source: Path, sanitize: bool) -> Path:
     ours = [EMULATOR / "include", CSRC]
-    if PLANTED in source.parents:
+    if planted := PLANTED in source.parents:
         ours.insert(0, source.parent)
     others = [pybind11.get_include(), sysconfig.get_path("include"), toolkit_include()]
     # What only passes arguments on is most of the compiler's work, and is built once and quickly.
-    level = ["-O0"] if source == BINDINGS else ["-g", "-O1", *SANITIZERS] if sanitize else ["-O2"]
+    if source == BINDINGS:
+        level = ["-O0"]
+    elif sanitize:
+        level = ["-g", "-O1", *SANITIZERS]
+    else:
+        level = ["-O0", "-w"] if planted else ["-O2"]
     command = ["g++", *FLAGS, *level]
     command += [f"-I{path}" for path in ours] + [f"-isystem{path}" for path in others]
     command += ['-DMISTRAL_KERNELS_CUDA="emulator"', "-DMISTRAL_KERNELS_PATHS(...)="]
@@ -117,9 +122,10 @@ def emulated_core() -> ModuleType:
 
 
 def load(name: str, path: Path) -> ModuleType:
-    """Imports the extension from its file, beside a real one of the same name."""
-    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    """Imports the extension `name` from its file, beside others of that name: pybind11 would return
+    the one that was loaded first, so each gets a package of its own."""
+    loader = importlib.machinery.ExtensionFileLoader(f"{path.stem}.{name}", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     loader.exec_module(module)
     return module
 

@@ -6,11 +6,11 @@
 namespace emulator {
 
 // splitmix64, so that a seed means the same order everywhere.
-int Turns::below(int count) {
+uint64_t Turns::next() {
   uint64_t value = state_ += 0x9e3779b97f4a7c15u;
   value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9u;
   value = (value ^ (value >> 27)) * 0x94d049bb133111ebu;
-  return static_cast<int>((value ^ (value >> 31)) % static_cast<uint64_t>(count));
+  return value ^ (value >> 31);
 }
 
 std::vector<int64_t> Turns::sequence(int64_t count) {

@@ -11,7 +11,9 @@ namespace emulator {
 //   reverse      likewise, the highest
 //   shuffled     blocks one after another in random order; any warp and lane, changing at any
 //                barrier, collective operation, atomic or fence
-//   interleaved  likewise, with several blocks alive at a time
+//   interleaved  several blocks alive at a time; of all warps that can run the one that was dealt
+//                the highest number goes on, so that low ones fall behind as far as barriers allow;
+//                numbers are dealt anew now and then at an atomic or fence
 enum class Order : int { kForward = 0, kReverse = 1, kShuffled = 2, kInterleaved = 3 };
 
 class Turns {
@@ -23,6 +25,10 @@ class Turns {
 
   // The numbers 0 to count - 1 in the order in which blocks start.
   std::vector<int64_t> sequence(int64_t count);
+
+  // Whether warps take turns by the numbers they were dealt, and such a number, never 0.
+  bool dealt() const { return order_ == Order::kInterleaved; }
+  uint64_t deal() { return next() | 1; }
 
   // One of the candidates; `ready(i)` tells whether i is one. -1: there is none.
   template <typename Ready>
@@ -50,7 +56,8 @@ class Turns {
   // Blocks that are alive together: enough for several groups of blocks that reduce together.
   static constexpr int kResidentBlocks = 24;
 
-  int below(int count);
+  uint64_t next();
+  int below(int count) { return static_cast<int>(next() % static_cast<uint64_t>(count)); }
 
   Order order_;
   uint64_t state_;
