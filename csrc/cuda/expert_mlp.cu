@@ -36,6 +36,10 @@
 // codegen: expert_up_kernel is due load_16
 // codegen: expert_down_kernel is due mma
 // codegen: expert_down_kernel is due load_16
+// codegen: expert_up_kernel moves 470e6 bytes, does 470e6 operations for 1 token of 8x7B
+// codegen: expert_up_kernel moves 1.69e9 bytes, does 3.76e9 operations for 8 tokens of 8x7B
+// codegen: expert_down_kernel moves 235e6 bytes, does 235e6 operations for 1 token of 8x7B
+// codegen: expert_down_kernel moves 846e6 bytes, does 1.88e9 operations for 8 tokens of 8x7B
 
 namespace mistral_kernels::cuda {
 namespace {
