@@ -36,10 +36,16 @@
 // codegen: expert_up_kernel is due load_16
 // codegen: expert_down_kernel is due mma
 // codegen: expert_down_kernel is due load_16
-// codegen: expert_up_kernel moves 470e6 bytes, does 470e6 operations for 1 token of 8x7B
-// codegen: expert_up_kernel moves 1.69e9 bytes, does 3.76e9 operations for 8 tokens of 8x7B
-// codegen: expert_down_kernel moves 235e6 bytes, does 235e6 operations for 1 token of 8x7B
-// codegen: expert_down_kernel moves 846e6 bytes, does 1.88e9 operations for 8 tokens of 8x7B
+// codegen: expert_up_kernel<*, 1> takes 8192 bytes of shared memory at launch
+// codegen: expert_up_kernel<*, 2> takes 16384 bytes of shared memory at launch
+// codegen: expert_down_kernel<*, 1> takes 8192 bytes of shared memory at launch
+// codegen: expert_down_kernel<*, 2> takes 16384 bytes of shared memory at launch
+// codegen: expert_up_kernel moves 470e6 bytes, does 470e6 operations for 8x7B, 1 token
+// codegen: expert_up_kernel moves 1.69e9 bytes, does 3.76e9 operations for 8x7B, 8 tokens
+// codegen: expert_up_kernel moves 1.86e9 bytes, does 7.52e9 operations for 8x7B, 16 tokens
+// codegen: expert_down_kernel moves 235e6 bytes, does 235e6 operations for 8x7B, 1 token
+// codegen: expert_down_kernel moves 846e6 bytes, does 1.88e9 operations for 8x7B, 8 tokens
+// codegen: expert_down_kernel moves 930e6 bytes, does 3.76e9 operations for 8x7B, 16 tokens
 
 namespace mistral_kernels::cuda {
 namespace {

@@ -1,4 +1,4 @@
-// What blocks that talk through global memory need, and loads that say how long their data live.
+// What blocks that talk through global memory need.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,14 +19,5 @@ __device__ inline uint32_t increment_wrapping(uint32_t* counter, uint32_t limit)
 // What other blocks wrote: from L2, since L1 may hold what was there before.
 __device__ inline float load_past_l1(const float* from) { return __ldcg(from); }
 __device__ inline float4 load_past_l1(const float4* from) { return __ldcg(from); }
-
-// 16 bytes, on a 16-byte boundary, that the kernel does not write and reads only once.
-__device__ inline uint4 load_streaming_16(const void* from) {
-  uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(from));
-  return value;
-}
 
 }  // namespace mistral_kernels::cuda

@@ -193,7 +193,7 @@ class BoundOp:
     It takes the arguments of the schema without `backend`, and checks none of them. In inference
     mode it calls the cell itself where torch's dispatcher would only add to the microseconds: for
     plain tensors, while nobody traces, profiles or intercepts. Where the chosen cell
-    `asks_each_call`, what it refuses goes to the next of `AUTO_ORDER`.
+    `asks_each_call`, backend "auto" chooses at each call.
     """
 
     def __init__(self, name: str, backend: str):

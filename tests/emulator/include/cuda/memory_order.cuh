@@ -17,6 +17,4 @@ T load_past_l1(const T* from) {
   return __ldcg(from);
 }
 
-inline uint4 load_streaming_16(const void* from) { return *static_cast<const uint4*>(from); }
-
 }  // namespace mistral_kernels::cuda
