@@ -20,7 +20,11 @@ SHARED_KERNELS = {
     "attention_tiles",
     "cache_elements",
     "expert_combine",
+    "expert_matrix_backward",
     "expert_plan",
+    "expert_rows_backward",
+    "expert_tiles",
+    "expert_up",
     "key_splits",
     "matrix_product",
 }
