@@ -12,7 +12,7 @@ import triton.language as tl
 @triton.jit
 def expert_combine_kernel(
     slots_ptr,  # (rows, hidden) fp32: by place, or without a plan (splits, experts, tokens) rows
-    weights_ptr,  # (tokens, top_k) fp32
+    weights_ptr,  # (tokens, top_k) fp32; None: all are 1
     expert_ids_ptr,  # (tokens, top_k) i32
     places_ptr,  # (tokens * top_k,) i32 of the plan; unused without HAS_PLAN
     out_ptr,  # (tokens, hidden), contiguous
@@ -41,8 +41,10 @@ def expert_combine_kernel(
             else:
                 row = (split * experts + expert).to(tl.int64) * tokens + token
             value += tl.load(slots_ptr + row * hidden + offs, mask=mask, other=0.0)
-        weight_ptr = weights_ptr + token * stride_weights_token + slot
-        total += tl.load(weight_ptr, mask=used, other=0.0) * value
+        if weights_ptr is not None:
+            weight_ptr = weights_ptr + token * stride_weights_token + slot
+            value *= tl.load(weight_ptr, mask=used, other=0.0)
+        total += value
     out_ptrs = out_ptr + token * hidden + offs
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=offs < hidden)
 
@@ -61,7 +63,7 @@ def work(tokens: int, top_k: int, splits: int, hidden: int, dtype: torch.dtype) 
 
 def expert_combine(
     slots: torch.Tensor,
-    weights: torch.Tensor,
+    weights: torch.Tensor | None,
     expert_ids: torch.Tensor,
     places: torch.Tensor | None,
     out: torch.Tensor,
@@ -72,7 +74,7 @@ def expert_combine(
 
     Args:
         slots: float32, (pairs, hidden) by place, or (splits * experts * tokens, hidden).
-        weights: (tokens, top_k), float32, last dimension contiguous.
+        weights: (tokens, top_k), float32, last dimension contiguous; None: all are 1.
         expert_ids: (tokens, top_k), int32, last dimension contiguous; outside [0, experts) a slot
             adds nothing.
         places: (tokens * top_k,), int32, of `expert_plan`; None: slots go by split, expert, token.
@@ -80,7 +82,7 @@ def expert_combine(
         experts: how many there are.
         splits: parts of a sum, added in order; 1 with places.
     """
-    (tokens, top_k), hidden = weights.shape, out.shape[1]
+    (tokens, top_k), hidden = expert_ids.shape, out.shape[1]
     config = tile_config(hidden)
     expert_combine_kernel[(tokens, triton.cdiv(hidden, config["BLOCK"]))](
         slots,
@@ -92,7 +94,7 @@ def expert_combine(
         top_k,
         experts,
         hidden,
-        weights.stride(0),
+        0 if weights is None else weights.stride(0),
         expert_ids.stride(0),
         HAS_PLAN=places is not None,
         SPLITS=splits,

@@ -197,6 +197,18 @@ def _expert_mlp_triton(
     return out
 
 
+def _expert_mlp_backward_triton(
+    grads: list[Tensor], x, w13, w2, weights, expert_ids, batch_invariant
+) -> tuple[Tensor, ...]:
+    from mistral_kernels.kernels import expert_mlp_backward as kernel
+
+    gradients = tuple(tensor.new_empty(tensor.shape) for tensor in (x, w13, w2, weights))
+    grad = grads[0].contiguous()  # autograd may hand over any strides
+    call = grad, x, w13, w2, weights, expert_ids, *gradients, batch_invariant
+    kernel.expert_mlp_backward(*call, WORKSPACE_BYTES)
+    return gradients
+
+
 def _expert_mlp_cuda(
     x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, expert_ids: Tensor, batch_invariant: bool
 ) -> Tensor:
@@ -260,7 +272,10 @@ _expert_mlp = define(
     },
     facts=_facts,
     differentiable=("x", "w13", "w2", "weights"),
-    backward=expert_mlp_backward,
+    backward={
+        "reference": expert_mlp_backward,
+        "triton": Cell(_expert_mlp_backward_triton),
+    },
 )
 
 
