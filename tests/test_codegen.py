@@ -6,7 +6,7 @@ import json
 import pytest
 
 from benchmarks import codegen, compilers
-from benchmarks.machine_code import ARCHS, Row, read_instructions
+from benchmarks.machine_code import Row, read_instructions
 from benchmarks.roofline import Prediction
 
 needs_nvcc = pytest.mark.skipif(compilers.find_nvcc() is None, reason="nvcc is not installed")
@@ -88,12 +88,16 @@ def module_of(tmp_path):
     return load
 
 
+# Two architectures take four minutes of a core; `python -m benchmarks.codegen` compiles for all.
+TESTED = ["sm_80", "sm_90a"]
+
+
 def test_every_kernel_is_clean(capsys, tmp_path):
     out = tmp_path / "codegen.json"
-    status = codegen.main(["--json", str(out)])
+    status = codegen.main(["--archs", *TESTED, "--json", str(out)])
     assert status == 0, capsys.readouterr().out
     tables = json.loads(out.read_text())
-    assert {row["arch"] for row in tables["rows"]} == set(ARCHS)
+    assert {row["arch"] for row in tables["rows"]} == set(TESTED)
     assert all(row["bytes_in_flight"] > 0 for row in tables["rows"])
     compiled, predicted = (
         {(row["language"], row["kernel"]) for row in tables[name]}
