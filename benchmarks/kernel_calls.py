@@ -9,6 +9,7 @@ from torch import Tensor
 
 # Files of kernels that are steps of another op.
 STEPS_OF = {"expert_plan": "expert_mlp", "expert_combine": "expert_mlp"}
+STEPS_OF |= {"attention_combine": "prefill_attention"}
 STEPS_OF |= dict.fromkeys(("expert_rows_backward", "expert_matrix_backward"), "expert_mlp")
 
 

@@ -34,6 +34,8 @@ from benchmarks.tile_candidates import candidates, configured, free_numbers
 from mistral_kernels.tolerance import error, low_precision_limit
 
 CODE = ("registers", "shared", "spills", "blocks")
+# What Triton raises for a candidate that does not compile or does not fit.
+REFUSALS = (TritonError, RuntimeError)
 
 
 def sweep(module: ModuleType, call: Callable[..., Tensor], inputs: tuple, timer=cold_l2_s) -> list:
@@ -56,13 +58,13 @@ def sweep(module: ModuleType, call: Callable[..., Tensor], inputs: tuple, timer=
                     row["us"] = 1e6 * statistics.median(timer(call, inputs))
                 else:
                     row["note"] = "wrong"
-        except TritonError as refusal:
+        except REFUSALS as refusal:
             row["note"] = first_line(refusal)
         rows.append(row)
     return sorted(rows, key=lambda row: row["us"] or math.inf)
 
 
-def first_line(refusal: TritonError) -> str:
+def first_line(refusal: Exception) -> str:
     return str(refusal).partition("\n")[0]
 
 
@@ -81,7 +83,7 @@ def compile_candidates(module: ModuleType, arch: str) -> list[dict]:
                 (code,) = compilers.compile_triton([case], arch)
                 row |= {name: getattr(code, name) for name in CODE}
                 row["note"] = "; ".join(code.problems())
-            except TritonError as refusal:
+            except REFUSALS as refusal:
                 row["note"] = first_line(refusal)
             rows.append(row)
     return sorted(rows, key=lambda row: row["case"])

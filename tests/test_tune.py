@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import tune
+from benchmarks import compilers, tune
 from benchmarks.kernel_calls import bench_call, bench_module
 from benchmarks.tile_candidates import candidates, configured, free_numbers, moved
 from mistral_kernels.kernels import rope, silu_mul
@@ -34,6 +34,13 @@ def test_a_module_is_configured_for_a_while():
         raise KeyError
     assert silu_mul.tile_config is shipped and shipped(*arguments)["num_warps"] == 4
     assert [config["num_warps"] for config in used] == [8]
+
+
+@pytest.mark.parametrize(
+    "stem", [stem for stem, m in compilers.triton_modules().items() if hasattr(m, "tile_config")]
+)
+def test_every_file_with_tiles_has_a_benchmark(stem):
+    assert bench_module(stem).SHAPES["cuda"]
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
