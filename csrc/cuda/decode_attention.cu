@@ -202,8 +202,10 @@ __global__ void __launch_bounds__(KeyTile<T, Cache, kHeadDim>::kThreads, 2)
   load_queries<T, Cache, kHeadDim>(q, queries, work.heads, head_dim);
 
   // Keys and values in turn: 2 * kStages groups of copies are under way but for the one awaited.
-  const float score_scale = args.scale * kLog2E * k_scale * kCodeUnit<Cache>;
-  const int new_tile = work.newest && has_new ? work.position / Tile::kBlockN : -1;
+  const float score_scale = args.scale * kLog2E * k_scale;
+  // Where `starts` hides the new key, its row stays 0: no weight is 0 times a NaN.
+  const bool sees_new = work.newest && has_new && work.first <= work.position;
+  const int new_tile = sees_new ? work.position / Tile::kBlockN : -1;
   const int new_row = work.position - first_key(new_tile);  // of this warp's slice, if within it
   Softmax<kHeadDim> softmax;
   for (int tile = work.begin; tile < work.end; ++tile) {
@@ -236,7 +238,6 @@ __global__ void __launch_bounds__(KeyTile<T, Cache, kHeadDim>::kThreads, 2)
   __syncthreads();
   float* const merged = dynamic_shared<float>();
   leave_sums<kHeadDim, Tile::kPitch, Cache>(softmax, parts, merged);
-  const float value_scale = v_scale * kCodeUnit<Cache>;
   const Partials partials(args);
   const int64_t own = partials.first + int64_t{blockIdx.y} * args.cut.heads;
   merge_parts<Tile::kWarps>(
@@ -246,8 +247,7 @@ __global__ void __launch_bounds__(KeyTile<T, Cache, kHeadDim>::kThreads, 2)
         return *reinterpret_cast<const float4*>(row + column);
       },
       [&](int head, int column, float4 sum) {
-        sum = make_float4(sum.x * value_scale, sum.y * value_scale, sum.z * value_scale,
-                          sum.w * value_scale);
+        sum = make_float4(sum.x * v_scale, sum.y * v_scale, sum.z * v_scale, sum.w * v_scale);
         if (work.live == 1) {
           store_outputs<T>(args, work, head, column, sum, parts.top[head], parts.total[head]);
         } else {
