@@ -50,7 +50,7 @@ template <typename To, typename From>
 __device__ To bits_as(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "bits are neither lost nor made up");
   To to;
-  memcpy(&to, &from, sizeof(to));
+  memcpy(static_cast<void*>(&to), &from, sizeof(to));
   return to;
 }
 

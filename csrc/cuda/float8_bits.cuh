@@ -16,7 +16,7 @@ __device__ inline uint32_t float8_halves_by_bits(uint32_t codes) {
   const uint32_t nan = (magnitudes + 0x00800080u) & 0x40004000u;
   const uint32_t moved = magnitudes | nan | (codes & 0x00800080u) << 8;
   __half2 pair;
-  memcpy(&pair, &moved, sizeof(pair));
+  memcpy(static_cast<void*>(&pair), &moved, sizeof(pair));
   pair = __hmul2(pair, __float2half2_rn(256.0f));
   uint32_t halves;
   memcpy(&halves, &pair, sizeof(halves));
