@@ -11,13 +11,12 @@
 // In flight: a block keeps two stages of 64 keys and values, 64 KB of cp.async at head_dim 128 in
 // bf16, and starts a half stage's next copies as soon as it has been read, so that 48 KB or more
 // are under way. Two blocks share a processor (70 KB of shared memory each; 128 threads of at most
-// 129 registers at head_dim 128 in bf16, 250 for 256): 96 KB, where 4.8 TB/s times 1 us of latency
-// over 132 processors want 36 (A100: 19). sm_120, with 100 KB, holds one block: 48 KB for 10.
-// Warps work alone, each on 16 of a tile's keys, so no barrier stands in the loop. A slice of 16
-// keys costs a warp 470 instructions in bf16 on sm_90a, 120 cycles of a processor's four
-// schedulers, where its 8 KB take 480 cycles at 4 TB/s. In an 8-bit cache it is 680 for e4m3 and
-// 720 for int8, which are widened, and 170 to 180 cycles where the 4 KB take 240: bytes still
-// limit.
+// 172 registers at head_dim 128, 245 at 256): 96 KB, where 4.8 TB/s times 1 us of latency over 132
+// processors want 36 (A100: 19). sm_120, with 100 KB, holds one block: 48 KB for 10. Warps work
+// alone, each on 16 of a tile's keys, so no barrier stands in the loop. A slice of 16 keys costs a
+// warp 470 instructions in bf16 on sm_90a, 120 cycles of a processor's four schedulers, where its
+// 8 KB take 480 cycles at 4 TB/s. In an 8-bit cache it is 680 for e4m3 and 720 for int8, which are
+// widened: 170 to 180 cycles where the 4 KB take 240, so bytes limit there, too.
 #include <stdexcept>
 #include <type_traits>
 
