@@ -11,12 +11,14 @@ import pytest
 import ring
 import scene as scenes
 import torch
-from emulated_decode import decode
+from emulated_decode import CELL, decode
+from emulator.guard_bands import GuardBands
 from emulator.host_build import missing
 from scene import make_step, rope_tables
 from shapes import Chunk, Heads
 from test_decode_attention import check, check_outputs, check_ring, exact_rope, rotated
 from test_decode_attention_interpreted import CONTEXTS, EDGES, LONG, assert_same_results, copied
+from tolerance import assert_same
 
 from mistral_kernels import ops
 from mistral_kernels.ops import dispatch
@@ -32,11 +34,8 @@ TILE_EDGES = (
     Chunk("window of a tile, the ring", TILES, (1,) * 9, 64, 32, 2),
     Chunk("window just above a tile", TILES, (1,) * 9, 65, 16, 5),
     Chunk("window of tiles, odd pages", TILES, (1,) * 9, 128, 48, 3),
-    Chunk(
-        "starts around tiles", TILES, (1,) * 9, None, 112, 3, (0, 63, 62, 64, 1, 64, 127, 0, 257)
-    ),
+    Chunk("starts at edges", TILES, (1,) * 9, None, 112, 3, (0, 63, 62, 64, 1, 64, 127, 0, 257)),
 )
-WIDE = Chunk("a window of tiles", (320, 383, 384, 700), (1,) * 4, 256, 16, 17)
 HEADS = (
     [Heads(2, 2, 16), Heads(4, 2, 32), Heads(5, 1, 80), Heads(6, 1, 128), Heads(7, 1, 200)]
     + [Heads(8, 1, 256), Heads(9, 1, 64), Heads(12, 1, 128), Heads(16, 1, 64), Heads(34, 2, 8)]
@@ -139,17 +138,6 @@ def test_every_code_is_widened_as_torch_does(cache_dtype, dtype):
         assert torch.equal(got.nan_to_num(), want.nan_to_num())
 
 
-def test_already_in_the_cache(many_splits):
-    scene = make_step(WIDE, heads=Heads(4, 2, 64), dtype=torch.bfloat16)
-    apart = copied(scene)
-    together = decode(scene)
-    before = scene.ring.copy()
-    for b, position in enumerate(WIDE.context_lens):
-        apart.ring.write(b, position, *(part[b] for part in apart.parts()[1:]))
-    assert_same_results(decode(apart, k=None, v=None), together, "already written")
-    check_ring(apart.ring, before)
-
-
 def test_idle_rows_and_a_table_of_larger_rows(many_splits):
     scene = make_step(LONG, heads=Heads(18, 2, 64), dtype=torch.bfloat16)
     expected_ring = scene.ring.copy()
@@ -166,6 +154,17 @@ def test_idle_rows_and_a_table_of_larger_rows(many_splits):
     for b in live:
         expected_ring.write(b, CONTEXTS[b], *(part[b] for part in scene.parts()[1:]))
     check_ring(scene.ring, expected_ring)
+
+
+def test_a_slot_without_a_page_is_not_written():
+    # The op refuses such a table on the CPU; on a GPU it cannot look.
+    scene = make_step(Chunk("one", (16,), (1,), 1, 16, 2), heads=Heads(2, 1, 8), dtype=DTYPES[0])
+    table = torch.tensor([[0, -1]], dtype=torch.int32)
+    with GuardBands() as guard:
+        inputs = map(guard, (*scene.parts(), scene.ring.k_cache, scene.ring.v_cache, table))
+        how = (None, None, True, 1, None, None, 1.0, None, None, None, False)  # from cos on
+        out, _ = CELL._decode_attention_cuda(*inputs, scene.int32([16]), *how)
+    assert_same(out, scene.parts()[2].expand(1, 2, 8), "out")
 
 
 def test_no_sequences():

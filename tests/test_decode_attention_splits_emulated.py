@@ -144,6 +144,17 @@ def test_batch_invariance_with_the_splits_that_are_shipped():
         assert_same_results(alone, [x[b : b + 1] for x in expected], f"sequence {b} alone")
 
 
+def test_already_in_the_cache(many_splits):
+    scene = make_step(WIDE, heads=Heads(4, 2, 64), dtype=torch.bfloat16)
+    apart = copied(scene)
+    together = decode(scene)
+    before = scene.ring.copy()
+    for b, position in enumerate(WIDE.context_lens):
+        apart.ring.write(b, position, *(part[b] for part in apart.parts()[1:]))
+    assert_same_results(decode(apart, k=None, v=None), together, "already written")
+    check_ring(apart.ring, before)
+
+
 def test_a_small_workspace_is_refused(many_splits):
     scene = make_step(LONG, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"decode_attention: workspace .* 112"):
