@@ -1,18 +1,21 @@
 """Faults planted in the shipped csrc/cuda/decode_attention.cu fail the tests that it passes."""
 
+import emulated_decode
 import pytest
 import test_decode_attention_emulated as emulated_tests
+import test_decode_attention_splits_emulated as splits_tests
 import torch
-from emulator.host_build import CSRC, build_core, load, missing
+from emulated_decode import CELL, decode, poisoned_workspace
+from emulator.host_build import CSRC, build_core, emulated_core, load, missing
 from emulator.orders import ordered
 from emulator.planted_faults import Fault, plant
 from scene import make_step
 from shapes import Chunk, Heads
-from test_decode_attention_interpreted import assert_same_results, copied, counters, fine
+from test_decode_attention_interpreted import assert_same_results, copied
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
-emulated = emulated_tests.emulated  # the fixture
+emulated, many_splits = emulated_decode.emulated, emulated_decode.many_splits  # fixtures
 SOURCE = CSRC / "cuda" / "decode_attention.cu"
 SLICE = CSRC / "cuda" / "key_slice.cuh"
 PARTS = CSRC / "cuda" / "softmax_parts.cuh"
@@ -38,6 +41,7 @@ FAULTS = [
     Fault("newest key off by one", {"own <= position": "own < position"}, SLICE),
     Fault("oldest key off by one", {"own >= first": "own + 1 >= first"}, SLICE),
     Fault("mask missing", {MASK: "scores[i] * scale"}, SLICE),
+    Fault("hidden key not left out", {" && work.first <= work.position": ""}),
     Fault("counter not reset", {"blockIdx.x, limit)": "blockIdx.x, 0xffffffffu)"}),
     Fault(
         "order of arrival",
@@ -55,11 +59,9 @@ HOW = [("forward", 0), ("reverse", 0), ("shuffled", 0), *(("interleaved", i) for
 
 
 @pytest.fixture
-def scene(monkeypatch):
+def scene(many_splits):
     """A call with large values of two splits that cancel out: added in another order, they take
     other bits of the small ones with them, which float16 shows."""
-    cut = emulated_tests.kernel.plan
-    monkeypatch.setattr(emulated_tests.kernel, "plan", lambda *how: fine(cut, *how))
     scene = make_step(CHUNK, heads=Heads(16, 2, 64), dtype=torch.float16)
     for i in range(256):
         page, row = scene.ring.place(0, i)
@@ -67,30 +69,29 @@ def scene(monkeypatch):
     return scene
 
 
-def check_orders(scene) -> None:
+def check_orders(core, scene) -> None:
     """Assert that the bits are the same in every order, twice with each workspace, whose partials
     are NaN before; keys weigh almost alike."""
     first = None
     for order, seed in HOW:
-        workspace = torch.full((100_000,), 255, dtype=torch.uint8)
-        counters(workspace).zero_()
+        workspace = poisoned_workspace(100_000)
         for _ in range(2):
-            with ordered(emulated_tests.emulated_core().__file__, order, seed):
-                result = emulated_tests.decode(copied(scene), scale=1e-4, workspace=workspace)
+            with ordered(core.__file__, order, seed):
+                result = decode(copied(scene), scale=1e-4, workspace=workspace)
             first = first or result
             assert_same_results(result, first, f"{order} {seed}")
 
 
 def test_the_bits_do_not_depend_on_the_order_of_blocks(scene):
-    check_orders(scene)
+    check_orders(emulated_core(), scene)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_notices(fault, scene, monkeypatch):
     core = load("_C", build_core(planted=plant(SOURCE, fault)))
-    monkeypatch.setattr(emulated_tests, "emulated_core", lambda: core)
-    monkeypatch.setattr(emulated_tests.CELL, "native_extension", lambda: core)
+    monkeypatch.setattr(CELL, "native_extension", lambda: core)
     with pytest.raises(AssertionError):
-        check_orders(scene)
+        check_orders(core, scene)
         how = (torch.bfloat16, "head-major", monkeypatch)
-        emulated_tests.test_one_split_and_many(emulated_tests.MANY[2], *how)
+        splits_tests.test_one_split_and_many(splits_tests.MANY[2], *how)
+        emulated_tests.test_what_starts_hides_may_hold_nan(20, True, None)

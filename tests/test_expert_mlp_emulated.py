@@ -1,4 +1,4 @@
-"""The shipped csrc/cuda/expert_mlp.cu on the host emulator, plainly and under sanitizers."""
+"""The shipped csrc/cuda/expert_mlp.cu on the host emulator."""
 
 import sys
 
@@ -6,7 +6,7 @@ import pytest
 import shapes
 import torch
 from emulator.guard_bands import GuardBands
-from emulator.host_build import emulated_core, missing, run_tests_sanitized
+from emulator.host_build import emulated_core, missing
 from emulator.orders import ordered
 from routed import check, deal, make_call
 from tolerance import assert_same
@@ -67,7 +67,7 @@ ROWS = [[0, 0, 32, 0], [16, 0, 0, 0, 15], [1] * 8, [0] * 40 + [3], [5, 6, 7], [0
 
 @DTYPES
 @pytest.mark.parametrize("rows", ROWS, ids=str)
-def test_what_nobody_chose_is_not_read(rows, dtype, orders):
+def test_what_nobody_chose_is_not_read(rows, dtype):
     call = deal(make_call(16, 64, 80, len(rows), 2, dtype=dtype), rows)
     idle = ~((call["expert_ids"] >= 0) & (call["expert_ids"] < len(rows))).any(1)
     call["x"][idle] = torch.nan
@@ -111,10 +111,9 @@ def test_a_row_has_the_same_bits_among_any_others(dtype):
         assert_same(emulate({**call, **picked}), whole[rows], f"rows {rows}")
 
 
-@DTYPES
 @pytest.mark.parametrize("tokens", [3, 16])
-def test_bits_do_not_depend_on_the_order_of_threads(tokens, dtype, orders):
-    call = make_call(tokens, 520, 136, 4, 2, dtype=dtype)
+def test_bits_do_not_depend_on_the_order_of_threads(tokens, orders):
+    call = make_call(tokens, 520, 136, 4, 2, dtype=torch.bfloat16)
     with ordered(emulated_core().__file__, "forward"):
         expected = emulate(call)
     for seed in range(2):
@@ -159,10 +158,6 @@ def test_without_ffn_dim_the_sum_is_0():
     call = make_call(2, 16, 8, 2, 1, dtype=torch.bfloat16)
     call["w13"], call["w2"] = call["w13"][:, :0], call["w2"][..., :0].contiguous()
     assert (emulate(call) == 0).all()
-
-
-def test_under_address_and_undefined_behaviour_sanitizers():
-    run_tests_sanitized(__file__)
 
 
 REFUSED = {

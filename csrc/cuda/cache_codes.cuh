@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "cuda/convert.cuh"
+#include "cuda/float8_halves.cuh"
 #include "quantised.h"
 
 namespace mistral_kernels::cuda {
@@ -24,11 +25,6 @@ struct Float8 {
 
 template <typename Cache>
 constexpr bool kIsQuantised = std::is_same_v<Cache, Int8> || std::is_same_v<Cache, Float8>;
-
-// Widened codes of a Cache are worth 1 / kCodeUnit of what they stand for: an e4m3 moved into the
-// fields of an fp16 keeps its exponent, whose bias there is larger by 8.
-template <typename Cache>
-constexpr float kCodeUnit = std::is_same_v<Cache, Float8> ? 256.0f : 1.0f;
 
 template <>
 __device__ inline Int8 from_float<Int8>(float value) {
@@ -49,51 +45,58 @@ __device__ Cache as_stored(T value, float scale) {
   }
 }
 
+// The same bits, as another type.
+template <typename To, typename From>
+__device__ To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bits are neither lost nor made up");
+  To to;
+  memcpy(static_cast<void*>(&to), &from, sizeof(to));
+  return to;
+}
+
 // Two numbers as T in one register, `low` in its lower half.
 template <typename T>
 __device__ uint32_t packed(float low, float high) {
-  uint32_t bits;
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    memcpy(&bits, &pair, sizeof(bits));
+    return bits_as<uint32_t>(__floats2bfloat162_rn(low, high));
   } else {
-    const __half2 pair = __floats2half2_rn(low, high);
-    memcpy(&bits, &pair, sizeof(bits));
+    return bits_as<uint32_t>(__floats2half2_rn(low, high));
   }
-  return bits;
 }
 
-template <typename T>
+template <typename T, bool kOdd>
 __device__ uint32_t widened_int8(uint32_t codes) {
-  // The low byte of 2^23, counted from -128 on.
-  const uint32_t counted = codes ^ 0x00800080u;
-  const float low = float_of(0x4b000000u | (counted & 0xffu)) - (0x1p23f + 128.0f);
-  const float high = float_of(0x4b000000u | (counted >> 16)) - (0x1p23f + 128.0f);
-  return packed<T>(low, high);
-}
-
-template <typename T>
-__device__ uint32_t widened_float8(uint32_t codes) {
-  uint32_t result = (codes & 0x007f007fu) << 7 | (codes & 0x00800080u) << 8;
-  // Only NaN carries into bit 14, which then makes it a NaN of fp16.
-  result |= (((codes & 0x007f007fu) << 7) + 0x00800080u) & 0x40004000u;
+  constexpr uint32_t kBytes = kOdd ? 0x4341 : 0x4240;  // 1 and 3, or 0 and 2, each below a byte
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    struct {
-      __half low, high;
-    } pair;
-    memcpy(&pair, &result, sizeof(pair));
-    result = packed<T>(to_float(pair.low), to_float(pair.high));
+    // From 128 on a bf16 counts in ones: 128 and the low 7 bits, less 128, or 256 by the sign bit.
+    const uint32_t counted = __byte_perm(codes, 0x43434343u, kBytes);
+    return bits_as<uint32_t>(__hsub2(bits_as<__nv_bfloat162>(counted & 0xff7fff7fu),
+                                     bits_as<__nv_bfloat162>(counted & 0xff80ff80u)));
+  } else {
+    // From 1024 on an fp16 does: 1024 and the byte, counted from -128 on.
+    const uint32_t counted = __byte_perm(codes ^ 0x80808080u, 0x64646464u, kBytes);
+    return bits_as<uint32_t>(__hsub2(bits_as<__half2>(counted), __float2half2_rn(1024 + 128)));
   }
-  return result;
 }
 
-// Codes in bytes 0 and 2 of `codes`, the others 0, as two T.
-template <typename T, typename Cache>
+template <typename T, bool kOdd>
+__device__ uint32_t widened_float8(uint32_t codes) {
+  const uint32_t halves = float8_halves<kOdd>(codes);
+  if constexpr (std::is_same_v<T, __half>) {
+    return halves;
+  } else {
+    const float2 pair = __half22float2(bits_as<__half2>(halves));
+    return packed<T>(pair.x, pair.y);
+  }
+}
+
+// The codes in bytes 0 and 2 of `codes`, or in bytes 1 and 3 (kOdd), as two T.
+template <typename T, typename Cache, bool kOdd>
 __device__ uint32_t widened(uint32_t codes) {
   if constexpr (std::is_same_v<Cache, Int8>) {
-    return widened_int8<T>(codes);
+    return widened_int8<T, kOdd>(codes);
   } else {
-    return widened_float8<T>(codes);
+    return widened_float8<T, kOdd>(codes);
   }
 }
 

@@ -11,12 +11,12 @@
 // In flight: a block keeps two stages of 64 keys and values, 64 KB of cp.async at head_dim 128 in
 // bf16, and starts a half stage's next copies as soon as it has been read, so that 48 KB or more
 // are under way. Two blocks share a processor (70 KB of shared memory each; 128 threads of at most
-// 129 registers at head_dim 128 in bf16, 250 for 256): 96 KB, where 4.8 TB/s times 1 us of latency
-// over 132 processors want 36 (A100: 19). sm_120, with 100 KB, holds one block: 48 KB for 10.
-// Warps work alone, each on 16 of a tile's keys, so no barrier stands in the loop. A slice of 16
-// keys costs a warp 470 instructions in bf16 on sm_90a, 120 cycles of a processor's four
-// schedulers, where its 8 KB take 480 cycles at 4 TB/s. In an 8-bit cache it is 990, and 250 cycles
-// for as many of the bytes: widening limits H200 there, the bytes A100 (390).
+// 172 registers at head_dim 128, 245 at 256): 96 KB, where 4.8 TB/s times 1 us of latency over 132
+// processors want 36 (A100: 19). sm_120, with 100 KB, holds one block: 48 KB for 10. Warps work
+// alone, each on 16 of a tile's keys, so no barrier stands in the loop. A slice of 16 keys costs a
+// warp 470 instructions in bf16 on sm_90a, 120 cycles of a processor's four schedulers, where its
+// 8 KB take 480 cycles at 4 TB/s. In an 8-bit cache it is 680 for e4m3 and 720 for int8, which are
+// widened: 170 to 180 cycles where the 4 KB take 240, so bytes limit there, too.
 #include <stdexcept>
 #include <type_traits>
 
@@ -31,6 +31,8 @@
 
 // codegen: decode_attention_kernel is due mma
 // codegen: decode_attention_kernel is due cp_async
+// codegen: decode_attention_kernel is due load_16
+// codegen: decode_attention_kernel is due store_16
 // codegen: decode_attention_kernel takes 65536 bytes of shared memory at launch
 // codegen: decode_attention_kernel moves 16.8e6 bytes, does 67e6 operations for batch 1, 4096 keys
 // codegen: decode_attention_kernel moves 134e6 bytes, does 537e6 operations for batch 8
@@ -202,8 +204,10 @@ __global__ void __launch_bounds__(KeyTile<T, Cache, kHeadDim>::kThreads, 2)
   load_queries<T, Cache, kHeadDim>(q, queries, work.heads, head_dim);
 
   // Keys and values in turn: 2 * kStages groups of copies are under way but for the one awaited.
-  const float score_scale = args.scale * kLog2E * k_scale * kCodeUnit<Cache>;
-  const int new_tile = work.newest && has_new ? work.position / Tile::kBlockN : -1;
+  const float score_scale = args.scale * kLog2E * k_scale;
+  // Where `starts` hides the new key, its row stays 0: no weight is 0 times a NaN.
+  const bool sees_new = work.newest && has_new && work.first <= work.position;
+  const int new_tile = sees_new ? work.position / Tile::kBlockN : -1;
   const int new_row = work.position - first_key(new_tile);  // of this warp's slice, if within it
   Softmax<kHeadDim> softmax;
   for (int tile = work.begin; tile < work.end; ++tile) {
@@ -236,7 +240,6 @@ __global__ void __launch_bounds__(KeyTile<T, Cache, kHeadDim>::kThreads, 2)
   __syncthreads();
   float* const merged = dynamic_shared<float>();
   leave_sums<kHeadDim, Tile::kPitch, Cache>(softmax, parts, merged);
-  const float value_scale = v_scale * kCodeUnit<Cache>;
   const Partials partials(args);
   const int64_t own = partials.first + int64_t{blockIdx.y} * args.cut.heads;
   merge_parts<Tile::kWarps>(
@@ -246,8 +249,7 @@ __global__ void __launch_bounds__(KeyTile<T, Cache, kHeadDim>::kThreads, 2)
         return *reinterpret_cast<const float4*>(row + column);
       },
       [&](int head, int column, float4 sum) {
-        sum = make_float4(sum.x * value_scale, sum.y * value_scale, sum.z * value_scale,
-                          sum.w * value_scale);
+        sum = make_float4(sum.x * v_scale, sum.y * v_scale, sum.z * v_scale, sum.w * v_scale);
         if (work.live == 1) {
           store_outputs<T>(args, work, head, column, sum, parts.top[head], parts.total[head]);
         } else {

@@ -139,9 +139,11 @@ __device__ void round_row(const T* from, int64_t head_dim, float scale, Cache* t
   }
 }
 
+// A slot without a page keeps nothing.
 template <typename Cache>
 __device__ void write_row(const Pages& pages, const RingCursor& slot, int64_t head,
                           int64_t head_dim, const Cache* from) {
+  if (slot.page < 0) return;
   Cache* to = static_cast<Cache*>(pages.data) + slot.page * pages.stride_page +
               slot.row * pages.stride_row + head * pages.stride_head;
   const int chunks = static_cast<int>(head_dim * sizeof(Cache)) / kChunkBytes;

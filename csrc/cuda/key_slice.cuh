@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/async_copy.cuh"
 #include "cuda/cache_codes.cuh"
@@ -104,10 +105,8 @@ __device__ void score_slice(float (&scores)[4], const char* slice,
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const uint32_t (&two)[2] = {keys[2 * i], keys[2 * i + 1]};
-        const uint32_t a[4] = {widened<T, Cache>(two[0] & 0x00ff00ffu),
-                               widened<T, Cache>(two[1] & 0x00ff00ffu),
-                               widened<T, Cache>(two[0] >> 8 & 0x00ff00ffu),
-                               widened<T, Cache>(two[1] >> 8 & 0x00ff00ffu)};
+        const uint32_t a[4] = {widened<T, Cache, false>(two[0]), widened<T, Cache, false>(two[1]),
+                               widened<T, Cache, true>(two[0]), widened<T, Cache, true>(two[1])};
         mma_16x8x16<T>(sums[i], a, q[chunk + i]);
       }
     } else {
@@ -171,8 +170,11 @@ __device__ void add_slice(float (&sums)[kHeadDim / 16][4], const char* slice,
                           const float (&weights)[4]) {
   using Slice = KeySlice<Cache, kHeadDim>;
   const int lane = threadIdx.x % kWarpThreads;
-  const uint32_t b[2] = {transposed(packed<T>(weights[0], weights[1])),
-                         transposed(packed<T>(weights[2], weights[3]))};
+  // fp16 holds every code and takes fewest instructions to make; weights are 1 at most, so what it
+  // loses of the least, 2^-25, is nothing beside the rounding of T.
+  using V = std::conditional_t<kIsQuantised<Cache>, __half, T>;
+  const uint32_t b[2] = {transposed(packed<V>(weights[0], weights[1])),
+                         transposed(packed<V>(weights[2], weights[3]))};
 #pragma unroll
   for (int chunk = 0; chunk < Slice::kChunks; chunk += 2) {
     uint32_t values[4];  // keys 0-7 and 8-15 of one chunk, then of the next
@@ -181,14 +183,13 @@ __device__ void add_slice(float (&sums)[kHeadDim / 16][4], const char* slice,
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const uint32_t (&two)[2] = {values[2 * i], values[2 * i + 1]};
-        const uint32_t a[4] = {
-            widened<T, Cache>(two[0] & 0x00ff00ffu), widened<T, Cache>(two[0] >> 8 & 0x00ff00ffu),
-            widened<T, Cache>(two[1] & 0x00ff00ffu), widened<T, Cache>(two[1] >> 8 & 0x00ff00ffu)};
-        mma_16x8x16<T>(sums[chunk + i], a, b);
+        const uint32_t a[4] = {widened<V, Cache, false>(two[0]), widened<V, Cache, true>(two[0]),
+                               widened<V, Cache, false>(two[1]), widened<V, Cache, true>(two[1])};
+        mma_16x8x16<V>(sums[chunk + i], a, b);
       }
     } else {
       const uint32_t a[4] = {values[0], values[2], values[1], values[3]};
-      mma_16x8x16<T>(sums[chunk / 2], a, b);
+      mma_16x8x16<V>(sums[chunk / 2], a, b);
     }
   }
 }

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+OR_AUTO = " or auto"  # behind a backend's name: a preference
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # What kernels take; csrc/dtype.h numbers them in this order.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -156,35 +157,36 @@ def choose(
         capability: compute capability of the GPU, None on the CPU.
         dtype: dtype of the op's first tensor.
         facts: small numbers that decide, such as (("head_dim", 128), ("page_size", 16)).
-        backend: one of BACKENDS, or "auto".
+        backend: one of BACKENDS, or "auto"; "cuda or auto" prefers cuda where it can serve.
 
     Raises:
         ValueError: no such op or backend, or the named one cannot serve; says why and what to do.
     """
     if op not in OPS:
         raise ValueError(f"choose: op must be one of {', '.join(OPS)}, got {op!r}")
-    if backend == "auto":
-        for name in AUTO_ORDER.get(device_type, ("reference",)):
-            refused = _refusal(op, name, device_type, capability, dtype, facts)
-            if refused is None and OPS[op][name].auto(dict(facts)):
-                return name
-        return "reference"
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
-    if reason := _refusal(op, backend, device_type, capability, dtype, facts):
-        raise ValueError(
-            f"{op}: backend {backend!r} cannot serve this call: {reason}. Use backend='auto'."
-        )
-    return backend
+    if backend != "auto":
+        named = backend.removesuffix(OR_AUTO)
+        if named not in BACKENDS:
+            raise ValueError(f"{op}: backend must be 'auto' or one of {BACKENDS}, got {named!r}")
+        reason = _refusal(op, named, device_type, capability, dtype, facts)
+        if reason is None:
+            return named
+        if named == backend:
+            raise ValueError(
+                f"{op}: backend {backend!r} cannot serve this call: {reason}. Use backend='auto'."
+            )
+    for name in AUTO_ORDER.get(device_type, ("reference",)):
+        refused = _refusal(op, name, device_type, capability, dtype, facts)
+        if refused is None and OPS[op][name].auto(dict(facts)):
+            return name
+    return "reference"
 
 
 def prefer(op: str, *, backend: str, **call) -> str:
     """As `choose`, but a named backend is a preference: where it cannot serve, `auto` decides."""
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"{op}: backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
-    call = {"capability": None, "facts": ()} | call
-    refused = backend != "auto" and _refusal(op, backend, **call) is not None
-    return choose(op, backend="auto" if refused else backend, **call)
+    if backend != "auto":
+        backend = f"{backend}".removesuffix(OR_AUTO) + OR_AUTO
+    return choose(op, backend=backend, **call)
 
 
 class BoundOp:
@@ -193,14 +195,14 @@ class BoundOp:
     It takes the arguments of the schema without `backend`, and checks none of them. In inference
     mode it calls the cell itself where torch's dispatcher would only add to the microseconds: for
     plain tensors, while nobody traces, profiles or intercepts. Where the chosen cell
-    `asks_each_call`, backend "auto" chooses at each call.
+    `asks_each_call`, each call chooses anew and prefers it.
     """
 
     def __init__(self, name: str, backend: str):
         self.name, self.backend = name, backend
         cell, run = OPS[name][backend], _runs[name]
-        self._choice = "auto" if cell.asks_each_call else backend
-        self._run = (lambda *inputs: run(*inputs, "auto")) if cell.asks_each_call else cell.run
+        self._choice = choice = backend + OR_AUTO if cell.asks_each_call else backend
+        self._run = (lambda *inputs: run(*inputs, choice)) if cell.asks_each_call else cell.run
         self._op = getattr(torch.ops.mistral_kernels, name).default
 
     def __call__(self, *inputs):

@@ -4,6 +4,8 @@
         out = guard.output(x.shape, x.dtype)
         launch(guard(x), guard(cache, mutated=True), out)
 
+What is made by `new_empty` in the block is such an output, too.
+
 A kernel that reads outside of its tensor gets NaN, or a huge integer; one that writes there, into
 the gaps between strided rows, or to an input, fails at the end of the block. AddressSanitizer ends
 the process at the access itself, in the bands.
@@ -11,6 +13,7 @@ the process at the access itself, in the bands.
 
 import ctypes
 from typing import NamedTuple, Self
+from unittest import mock
 
 import torch
 
@@ -34,8 +37,12 @@ class GuardBands:
 
     def __init__(self) -> None:
         self.guarded: list[Guarded] = []
+        self.new_empty = mock.patch.object(
+            torch.Tensor, "new_empty", lambda *how, **kind: self._new_empty(*how, **kind)
+        )
 
     def __enter__(self) -> Self:
+        self.new_empty.start()
         return self
 
     def __call__(self, tensor: torch.Tensor | None, *, mutated: bool = False):
@@ -70,7 +77,12 @@ class GuardBands:
         filled = torch.full((*shape, size), pattern, dtype=torch.uint8)
         return self(filled.view(dtype).view(shape), mutated=True)
 
+    def _new_empty(self, like: torch.Tensor, *shape, dtype: torch.dtype | None = None):
+        sizes = shape if all(isinstance(size, int) for size in shape) else shape[0]
+        return self.output(tuple(sizes), dtype or like.dtype)
+
     def __exit__(self, error_type: type | None, *_: object) -> None:
+        self.new_empty.stop()
         self._poison("__asan_unpoison_memory_region")
         if error_type is None:
             for guarded in self.guarded:

@@ -18,12 +18,10 @@ def test_headers_declare_no_kernel():
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_the_tests_of_an_op_run_its_kernels(source):
+def test_an_op_with_kernels_has_tests_that_run_them(source):
+    # `test_emulated_sanitized.py` runs these, and fails where a declared kernel was not launched.
     assert declared_kernels(source)
-    tests = TESTS / f"test_{source.stem}_emulated.py"
-    assert tests.is_file(), f"{source.name} has kernels that no test runs"
-    # That run fails where one of the declared kernels was not launched.
-    assert "    run_tests_sanitized(__file__)" in tests.read_text().splitlines()
+    assert (TESTS / f"test_{source.stem}_emulated.py").is_file(), "kernels that no test runs"
 
 
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))

@@ -43,6 +43,15 @@ def test_an_output_may_be_written_and_holds_what_nobody_wrote(dtype):
         out.zero_()
 
 
+def test_what_a_call_makes_is_an_output():
+    with pytest.raises(AssertionError, match="written behind it"):
+        with GuardBands() as guard:
+            made = guard(WIDE).new_empty(2, 3, dtype=torch.float32)
+            assert made.shape == WIDE.new_empty((2, 3)).shape and made.isnan().all()
+            torch.as_strided(made, (1,), (1,), made.storage_offset() + 6).fill_(0.1)
+    assert WIDE.new_empty(5).storage_offset() == 0, "outside of the block torch makes them"
+
+
 @pytest.mark.parametrize(
     ("index", "where"), [(-1, "before"), (8, "behind"), (2, "inside"), (0, "inside")]
 )

@@ -116,6 +116,17 @@ T __ldg(const T* from) {
 using std::max;
 using std::min;
 
+// Four of the eight bytes of x and y: each digit of `selector` names one, 0 to 3 are those of x.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t{y} << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned byte = bytes >> 8 * (selector >> 4 * i & 7u) & 0xffu;
+    result |= byte << 8 * i;
+  }
+  return result;
+}
+
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 
 template <typename... Params, typename... Args>
