@@ -7,8 +7,8 @@ Compiles each Triton kernel with its shipped tile configurations (`codegen_cases
   multiprocessor, and how much these have on its way from memory at most;
 - bytes and operations of the headline shapes, and how long a GPU takes for them at least.
 
-Exits with 1 for a spill, too much shared memory, an instruction that is due but missing, or a
-kernel that is missing from the table.
+Exits with 1 for a spill, too much shared memory, an instruction that is due but missing, a wait
+behind every wgmma, or a kernel that is missing from the table.
 """
 
 import argparse
@@ -29,16 +29,18 @@ from benchmarks.machine_code import ARCHS, INSTRUCTIONS, Row
 from benchmarks.roofline import GPUS, Prediction, cuda_predictions, triton_predictions
 
 WIDTH = 190
-Job = tuple[str, str, list[str]]  # file, arch, kernels; a .cu file is compiled whole
+# File, arch, kernels, whether also their rare cases; a .cu file is compiled whole.
+Job = tuple[str, str, list[str], bool]
 
 
 def compile_file(job: Job) -> list[Row]:
     """The rows of a job; runs in a process of its own, to which no kernel can be sent."""
-    file, arch, kernels = job
+    file, arch, kernels, rare = job
     if file.endswith(".cu"):
         return compilers.compile_cuda(compilers.find_nvcc(), Path(file), arch)
     cases = compilers.triton_module(file).codegen_cases(compilers.capability(arch))
-    return compilers.compile_triton([c for c in cases if c["kernel"].__name__ in kernels], arch)
+    cases = [c for c in cases if c["kernel"].__name__ in kernels and (rare or not c.get("rare"))]
+    return compilers.compile_triton(cases, arch)
 
 
 def compile_all(jobs: list[Job]) -> list[Row]:
@@ -91,12 +93,15 @@ def as_json(rows: list[Row], predictions: list[Prediction]) -> str:
     return json.dumps({"environment": made_by, "rows": codes, "predictions": works}, indent=1)
 
 
-def find_jobs(archs: list[str], only: list[str]) -> tuple[list[Job], set[str], list[Prediction]]:
+def find_jobs(
+    archs: list[str], only: list[str], rare: bool
+) -> tuple[list[Job], set[str], list[Prediction]]:
     """What to compile, the kernels that must come of it, and what is predicted of them.
 
     Args:
         archs: those of ARCHS to compile for.
         only: names of kernels, or of files without their ending; empty: all there are.
+        rare: whether to compile the cases that are marked so, too.
     """
     jobs, declared, predictions = [], set(), []
     for stem, module in compilers.triton_modules().items():
@@ -104,7 +109,7 @@ def find_jobs(archs: list[str], only: list[str]) -> tuple[list[Job], set[str], l
         wanted = kernels if not only or stem in only else kernels & set(only)
         declared |= wanted
         predictions += [row for row in triton_predictions(module) if row.kernel in wanted]
-        jobs += [(stem, arch, sorted(wanted)) for arch in archs if wanted]
+        jobs += [(stem, arch, sorted(wanted), rare) for arch in archs if wanted]
     nvcc = compilers.find_nvcc()
     for path in compilers.cuda_files() if nvcc else []:
         kernels = compilers.cuda_kernels(path)
@@ -112,7 +117,7 @@ def find_jobs(archs: list[str], only: list[str]) -> tuple[list[Job], set[str], l
             declared |= kernels
             predictions += cuda_predictions(path)
             known = compilers.nvcc_archs(nvcc)
-            jobs += [(str(path), arch, []) for arch in archs if arch in known]
+            jobs += [(str(path), arch, [], rare) for arch in archs if arch in known]
     return jobs, declared, predictions
 
 
@@ -122,9 +127,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--kernel", nargs="+", default=[], help="names of kernels or of their files"
     )
+    parser.add_argument("--common", action="store_true", help="leave out cases marked as rare")
     parser.add_argument("--json", type=Path, help="write the tables to this file, too")
     options = parser.parse_args(argv)
-    jobs, declared, predictions = find_jobs(options.archs, options.kernel)
+    jobs, declared, predictions = find_jobs(options.archs, options.kernel, not options.common)
     if not declared:
         parser.error(f"--kernel: no kernel and no file is named {' or '.join(options.kernel)}")
 

@@ -11,8 +11,14 @@ import triton.language as tl
 
 from mistral_kernels.kernels.cache_elements import expanded, page_and_row
 
+MAX_HEAD_DIM = 256  # a query tile and its sums live in registers
 NO_WINDOW = 2**30  # no position is so far, and sums with one stay below 2^31
 LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+def max_group(head_dim: int) -> int:
+    """The largest group whose rows of one token fit into registers and 99 KB of shared memory."""
+    return 64 if head_dim <= 128 else 32
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mistral_kernels.kernels.attention_tiles import LOG2_E, attend_tiles
+from mistral_kernels.kernels.attention_tiles import LOG2_E, attend_tiles, max_group
 from mistral_kernels.kernels.cache_elements import (
     CACHE_FORMATS,
     as_codes,
@@ -26,6 +26,7 @@ from mistral_kernels.kernels.key_splits import (
     MAX_SPLITS,
     block_slots,
     counter_share,
+    enough_workspace,
     partial_pointers,
     plan,
     reduce_partials,
@@ -33,8 +34,6 @@ from mistral_kernels.kernels.key_splits import (
     workspace_for,
 )
 from mistral_kernels.kernels.processor import processor, shared_bytes
-
-MAX_HEAD_DIM = 256
 
 
 # What changes from call to call must not compile the kernel anew.
@@ -98,7 +97,7 @@ def decode_attention_kernel(
     # Which keys: old ones first .. position - 1, in tiles of this split; the new one apart.
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = pair // kv_heads, pair % kv_heads
-    offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     mask_m, mask_d = offs_m < GROUP, (offs_d < HEAD_DIM)[None, :]
     position = tl.load(positions_ptr + batch)
     if position < 0:
@@ -230,6 +229,7 @@ def decode_attention_kernel(
 
 def tile_config(
     head_dim: int,
+    group: int,
     page_size: int,
     dtype: torch.dtype,
     cache_dtype: torch.dtype,
@@ -241,7 +241,8 @@ def tile_config(
     16 in fp32, whose products are no tensor-core instructions and hold whole rows in registers.
     Stages fill half the shared memory of a processor, so that two blocks share it and one loads
     while the other reduces; where pages are looked up first, Triton spends two stages a buffer.
-    Eight warps for a quantised cache, whose expanded tiles spill with four.
+    Eight warps for a quantised cache, whose expanded tiles spill with four, and for many heads.
+    What still spills, by 0.3 KB: float32 rows of 256 with a quantised cache.
     """
     block_d = max(triton.next_power_of_2(head_dim), 16)
     row_bytes = block_d * cache_dtype.itemsize
@@ -253,14 +254,14 @@ def tile_config(
     return {
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
-        "num_warps": 8 if cache_dtype in CACHE_FORMATS else 4,
+        "num_warps": 8 if cache_dtype in CACHE_FORMATS or group > 16 else 4,
         "num_stages": (2 * buffers if page_size else buffers) + 1,
     }
 
 
 def _constants(group, page_size, interleaved, head_dim, dtype, cache_dtype, arch) -> dict:
     """The kernel's constexprs and options; page_size is 0 for one page a sequence."""
-    config = tile_config(head_dim, page_size, dtype, cache_dtype, arch)
+    config = tile_config(head_dim, group, page_size, dtype, cache_dtype, arch)
     heads = triton.next_power_of_2(group)
     return config | {
         "HEAD_DIM": head_dim,
@@ -273,6 +274,11 @@ def _constants(group, page_size, interleaved, head_dim, dtype, cache_dtype, arch
         # 64 floats a thread are in flight.
         "REDUCE_SPLITS": min(max(8192 // (heads * config["BLOCK_D"]), 1), MAX_SPLITS),
     }
+
+
+def largest_workspace(pairs, group, head_dim, width, device, batch_invariant) -> int:
+    """Bytes of workspace for every call of up to `pairs` = batch * kv_heads and `width` keys."""
+    return enough_workspace(pairs, group, head_dim, width, block_slots(device, batch_invariant))
 
 
 def decode_attention(
@@ -311,9 +317,7 @@ def decode_attention(
         return
     arch, _ = processor(q.device)
     one_page = 0 if pages_per_seq == 1 else page_size
-    constants = _constants(
-        group, one_page, interleaved, head_dim, q.dtype, k_cache.dtype, arch
-    )
+    constants = _constants(group, one_page, interleaved, head_dim, q.dtype, k_cache.dtype, arch)
     width = capacity if window is None else min(window, capacity)
     cut = plan(pairs, width, constants["BLOCK_N"], block_slots(q.device, batch_invariant))
     workspace = workspace_for(q, workspace, pairs, cut, group, head_dim)
@@ -354,32 +358,38 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
     fixed = {name: "i32" for name in names[names.index("kv_heads") : names.index("HEAD_DIM")]}
     fixed |= dict.fromkeys(("lse_ptr", "cos_ptr", "sin_ptr"), "*fp32") | {"scale": "fp32"}
     fixed |= dict.fromkeys(("block_table_ptr", "positions_ptr"), "*i32") | {"workspace_ptr": "*u8"}
+    bf16, fp32, int8, fp8 = torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn
+    pointers = {bf16: "*bf16", fp32: "*fp32", int8: "*i8", fp8: "*u8"}
     cases = []
-    for case, cache_dtype, page_size, interleaved, head_dim, batches in (
-        ("bf16 one page", torch.bfloat16, 0, True, 128, (1, 8, 32)),
-        ("bf16 pages of 256", torch.bfloat16, 256, False, 128, ()),
-        ("bf16 head 256", torch.bfloat16, 256, False, 256, ()),
-        ("bf16 head 80", torch.bfloat16, 16, True, 80, ()),
-        ("fp32 one page", torch.float32, 0, True, 128, ()),
-        ("bf16, int8 cache", torch.int8, 0, True, 128, (32,)),
-        ("bf16, fp8 cache", torch.float8_e4m3fn, 0, True, 128, ()),
+    for case, dtype, cache_dtype, page_size, head_dim, group, batches in (
+        ("bf16 one page", bf16, bf16, 0, 128, 4, (1, 8, 32)),
+        ("bf16 pages of 256", bf16, bf16, 256, 128, 4, ()),
+        ("bf16 head 256", bf16, bf16, 256, 256, 4, ()),
+        ("bf16 head 80", bf16, bf16, 16, 80, 4, ()),
+        ("fp32 one page", fp32, fp32, 0, 128, 4, ()),
+        ("bf16, int8 cache", bf16, int8, 0, 128, 4, (32,)),
+        ("bf16, fp8 cache", bf16, fp8, 0, 128, 4, ()),
+        ("fp32, fp8 cache", fp32, fp8, 16, 128, 4, None),
+        ("bf16, largest group", bf16, bf16, 16, 128, max_group(128), None),
+        ("bf16 head 256, largest group", bf16, bf16, 16, 256, max_group(256), None),
     ):
-        fp32 = cache_dtype == torch.float32
-        own = "*fp32" if fp32 else "*bf16"
-        cache = {torch.int8: "*i8", torch.float8_e4m3fn: "*u8"}.get(cache_dtype, own)
-        signature = fixed | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), own)
-        signature |= dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), cache)
+        signature = fixed | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), pointers[dtype])
+        signature |= dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), pointers[cache_dtype])
         if cache_dtype in CACHE_FORMATS:
             signature |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "*fp32")
-        works = {n: work(n, 4096, 32, 8, 128, cache_dtype.itemsize) for n in batches}
+        works = {n: work(n, 4096, 32, 8, 128, cache_dtype.itemsize) for n in batches or ()}
+        interleaved = page_size != 256
         cases.append(
             {
                 "case": case,
                 "kernel": decode_attention_kernel,
                 "signature": signature,
-                "constexprs": _constants(4, page_size, interleaved, head_dim, cache_dtype, arch),
-                "due": ("cp_async",) if fp32 else ("mma", "cp_async"),
-                "work": {f"4096 keys, {case}, batch {n}": works[n] for n in batches},
+                "constexprs": _constants(
+                    group, page_size, interleaved, head_dim, dtype, cache_dtype, arch
+                ),
+                "due": ("cp_async",) if dtype == fp32 else ("mma", "cp_async"),
+                "work": {f"4096 keys, {case}, batch {n}": works[n] for n in works},
+                "rare": batches is None,
             }
         )
     return cases

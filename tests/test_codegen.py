@@ -6,7 +6,7 @@ import json
 import pytest
 
 from benchmarks import codegen, compilers
-from benchmarks.machine_code import Row, read_instructions
+from benchmarks.machine_code import Row, read_instructions, serialised_kernels
 from benchmarks.roofline import Prediction
 
 needs_nvcc = pytest.mark.skipif(compilers.find_nvcc() is None, reason="nvcc is not installed")
@@ -88,13 +88,14 @@ def module_of(tmp_path):
     return load
 
 
-# Two architectures take four minutes of a core; `python -m benchmarks.codegen` compiles for all.
+# Two architectures take four minutes of a core; `python -m benchmarks.codegen` compiles for all,
+# and rare cases too.
 TESTED = ["sm_80", "sm_90a"]
 
 
 def test_every_kernel_is_clean(capsys, tmp_path):
     out = tmp_path / "codegen.json"
-    status = codegen.main(["--archs", *TESTED, "--json", str(out)])
+    status = codegen.main(["--archs", *TESTED, "--common", "--json", str(out)])
     assert status == 0, capsys.readouterr().out
     tables = json.loads(out.read_text())
     assert {row["arch"] for row in tables["rows"]} == set(TESTED)
@@ -120,6 +121,7 @@ def test_every_kernel_is_clean(capsys, tmp_path):
         ({"due": ("wgmma",), "counts": {"mma": 1}, "arch": "sm_90a"}, ["has no wgmma"]),
         ({"due": ("wgmma",), "counts": {"mma": 1}, "arch": "sm_100a"}, ["has no tcgen05"]),
         ({"due": ("wgmma",), "counts": {"tcgen05": 1}, "arch": "sm_100a"}, []),
+        ({"serialised": True}, ["waits behind every wgmma (C7515)"]),
     ],
 )
 def test_problems_of_a_row(change, problems):
@@ -163,6 +165,15 @@ def test_instructions_are_read():
     counts = {"mma": 1, "wgmma": 1, "tcgen05": 1, "cp_async": 2, "tma": 1}
     counts |= {"load_16": 2, "store_16": 1}
     assert found["counts"] == counts
+
+
+def test_waits_behind_wgmma_are_read():
+    said = (
+        "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are"
+        " serialized due to insufficient register resources in the function 'slow_kernel'\n"
+        "ptxas info    : Compiling entry function 'fast_kernel' for 'sm_90a'"
+    )
+    assert serialised_kernels(said) == {"slow_kernel"}
 
 
 def test_a_prediction_is_the_longer_of_two_times():

@@ -84,6 +84,7 @@ def int32(*values) -> torch.Tensor:
 REFUSED = [
     *refusal.cases(VALID),
     refusal.Case("q", torch.ones(2, 3, 16), "kv_heads 2", "q_heads 3"),
+    refusal.Case("q", torch.ones(2, 0, 16), "positive multiple", "q_heads 0"),
     refusal.Case("k", None, "together", "no k"),
     refusal.Case("k", torch.ones(2, 2, 8), "head_dim=16", "(2, 2, 8)"),
     refusal.Case("v", torch.ones(3, 2, 16), "batch=2", "(3, 2, 16)"),

@@ -148,6 +148,7 @@ def int32(*values) -> torch.Tensor:
 REFUSED_ALONE = [
     *refusal.cases(ALONE),
     refusal.Case("q", torch.ones(7, 3, 16), "kv_heads 2", "q_heads 3"),
+    refusal.Case("q", torch.ones(7, 0, 16), "positive multiple", "q_heads 0"),
     refusal.Case("q", torch.ones(7, 1, 16), "kv_heads 2", "q_heads 1"),
     refusal.Case("k", None, "together", "k"),
     refusal.Case("k", torch.ones(7, 2, 8), "head_dim=16", "(7, 2, 8)"),
