@@ -277,6 +277,10 @@ def prefill_attention(
 ) -> tuple[Tensor, Tensor]:
     """Windowed grouped-query attention over packed sequences, with or without a rolling cache.
 
+    Keys that a query does not see never count, NaN or not. But on triton a value (not a key) that
+    is not finite spoils besides the rows that see it others of their query tile: of the same
+    sequence, fewer than 128 tokens away; gradients likewise.
+
     Args:
         q: (tokens, q_heads, head_dim), rotated; float32, bfloat16 or float16 (float64 on the
             reference).
