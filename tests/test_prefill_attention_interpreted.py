@@ -101,15 +101,6 @@ def test_one_split_alone_has_the_bits_of_none(small_splits):
     assert_same_pair(run(scene), run(scene, batch_invariant=True), "batch_invariant")
 
 
-def test_keys_are_cut_into_no_more_splits_than_are_busy(kernel):
-    # 33 blocks of 2 for 132 multiprocessors; the ring bounds the grid alone, a short one to none.
-    assert kernel._splits(2**30, 10**6, 2, 132) == (64, 64)
-    assert kernel._splits(4099, 10**6, 8, 132) == (16, 16)
-    assert kernel._splits(4099, 700, 8, 132) == (4, 16)
-    assert kernel._splits(4099, 10**6, 67, 132) == (1, 1)
-    assert kernel._splits(kernel.SPLIT_KEYS, 10**6, 1, 132) == (1, 1)
-
-
 def test_splits_of_several_tiles(small_splits, kernel, monkeypatch):
     # Three splits of 96 and 112 positions: of 48 keys, the last shorter.
     monkeypatch.setattr(kernel, "MAX_SPLITS", 3)
@@ -166,17 +157,13 @@ def test_quantised_cache(cache_dtype, dtype, small_splits):
     check(scene, run(scene))
 
 
-@pytest.mark.parametrize("head_dim", [1, 17, 32, 64, 80, 96, 128, 256])
-def test_head_dims(head_dim, dtype, small_tiles):
-    scene = make_scene(
-        Chunk("few", (20,), (3,), 18, 4, 5), heads=Heads(2, 1, head_dim), dtype=dtype
-    )
-    check(scene, run(scene))
+HEADS = [Heads(2, 1, head_dim) for head_dim in (1, 17, 32, 64, 80, 96, 128, 256)]
+HEADS += [Heads(group, 1, 16) for group in (5, 16, 17, 33)]
 
 
-@pytest.mark.parametrize("group", [5, 16, 17, 33])
-def test_groups(group, dtype, small_tiles):
-    scene = make_scene(Chunk("few", (17,), (4,), 18, 4, 5), heads=Heads(group, 1, 16), dtype=dtype)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_heads(heads, dtype, small_tiles):
+    scene = make_scene(Chunk("few", (20,), (3,), 18, 4, 5), heads=heads, dtype=dtype)
     check(scene, run(scene))
 
 

@@ -201,6 +201,12 @@ def _decode_attention_triton(q, *rest):
     return out, lse
 
 
+def _triton_refuses(facts: dict[str, int]) -> str | None:
+    from mistral_kernels.kernels.decode_attention import MAX_GROUP
+
+    return triton_refuses(facts, MAX_GROUP)
+
+
 def _facts(q, k, v, k_cache, v_cache, *_):
     starts = k_cache.data_ptr() | v_cache.data_ptr()
     for cache in (k_cache, v_cache):
@@ -243,7 +249,7 @@ _decode_attention = define(
     cells={
         "reference": decode_attention_reference,
         "cpu": Cell(_decode_attention_cpu),
-        "triton": Cell(_decode_attention_triton, refuses=triton_refuses),
+        "triton": Cell(_decode_attention_triton, refuses=_triton_refuses),
         "cuda": Cell(_decode_attention_cuda, CUDA_DTYPES, refuses=_cuda_refuses),
     },
     facts=_facts,
