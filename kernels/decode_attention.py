@@ -249,9 +249,9 @@ def tile_config(
     block_d = max(triton.next_power_of_2(head_dim), 16)
     row_bytes = block_d * cache_dtype.itemsize
     block_n = 16 if dtype == torch.float32 else min(max(16384 // row_bytes, 16), 64)
-    # Of cached codes a tile of keys and one of values also lie there expanded.
-    expanded_bytes = 2 * block_n * block_d * dtype.itemsize if cache_dtype != dtype else 0
-    room = shared_bytes(arch) // 2 - 8192 - expanded_bytes
+    room = shared_bytes(arch) // 2 - 8192
+    if dtype == torch.float32 and cache_dtype != dtype:
+        room -= 2 * block_n * block_d * dtype.itemsize  # without mma expanded tiles lie there, too
     buffers = min(max(room // (2 * block_n * row_bytes), 1), 4)
     return {
         "BLOCK_N": block_n,
