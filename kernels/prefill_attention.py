@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mistral_kernels.kernels.attention_combine import combine_splits
+from mistral_kernels.kernels.attention_combine import SPLIT_KEYS, combine_splits, cut_keys
 from mistral_kernels.kernels.attention_tiles import (
     LOG2_E,
     NO_WINDOW,
@@ -27,8 +27,6 @@ from mistral_kernels.kernels.cache_elements import CACHE_FORMATS, as_codes
 from mistral_kernels.kernels.key_splits import store_outputs
 from mistral_kernels.kernels.processor import processor, shared_bytes
 
-SPLIT_KEYS = 256  # of a split at least: 0.13 MB at head_dim 128, 16 times its partial; not measured
-MAX_SPLITS = 64  # a program of the combine reads them one after another
 # What changes from call to call: the kernel is not compiled anew for a 1 or a multiple of 16.
 SIZES = "tokens", "batch", "tiles", "splits", "most_splits", "kv_heads", "window", "capacity"
 
@@ -287,13 +285,13 @@ def prefill_attention(
     window = NO_WINDOW if window is None else min(window, NO_WINDOW)
 
     capacity = page_size = 0
-    splits, most_splits, cache_format, sums = 1, 1, None, (out, lse)
+    splits, most_splits, split_keys, cache_format, sums = 1, 1, 0, None, (out, lse)
     if k_cache is not None:
         capacity = block_table.shape[1] * k_cache.shape[1]
         page_size = 0 if block_table.shape[1] == 1 else k_cache.shape[1]
         cache_format = CACHE_FORMATS.get(k_cache.dtype)
         k_cache, v_cache = as_codes(k_cache), as_codes(v_cache)
-        splits, most_splits = _splits(
+        splits, most_splits, split_keys = cut_keys(
             window + block_tokens - 1,
             capacity + tokens,
             max(batch, triton.cdiv(tokens, block_tokens)) * kv_heads,
@@ -311,25 +309,10 @@ def prefill_attention(
             *_strides(k_cache, 3), *_strides(v_cache, 3), *_strides(block_table, 1),
             *(int(x is not None and x.numel() > 1) for x in (k_scale, v_scale)),
             CAUSAL=causal, PAGE_SIZE=page_size, CACHE_FORMAT=cache_format, GROUP=group,
-            HEAD_DIM=head_dim, SPLIT_KEYS=SPLIT_KEYS if splits > 1 else 0, **config,
+            HEAD_DIM=head_dim, SPLIT_KEYS=split_keys, **config,
         )  # fmt: skip
         if splits > 1:
             combine_splits(*sums, out, lse)
-
-
-def _splits(seen: int, held: int, busy: int, multiprocessors: int) -> tuple[int, int]:
-    """Splits of the grid, and how many a query tile's keys are cut into, by what the host knows.
-
-    Args:
-        seen: keys that a window lets a tile see.
-        held: keys that there can be: they bound the grid and decide nothing else.
-        busy: programs that have queries, at least, if keys are not split.
-    """
-    most = min(multiprocessors // busy, MAX_SPLITS)
-    if most < 2 or seen <= SPLIT_KEYS:
-        return 1, 1
-    # A window need not begin at a tile's first key; tiles are no longer than SPLIT_KEYS.
-    return min(most, triton.cdiv(min(seen, held), SPLIT_KEYS) + 1), most
 
 
 def _strides(x: torch.Tensor | None, count: int) -> tuple[int, ...]:

@@ -84,11 +84,11 @@ def test_two_blocks_of_decode_fit(arch, dtype):
 
 
 def test_keys_are_cut_into_no_more_splits_than_are_busy():
-    from mistral_kernels.kernels import prefill_attention as kernel
+    from mistral_kernels.kernels.attention_combine import SPLIT_KEYS, cut_keys
 
     # 33 blocks of 2 for 132 multiprocessors; the ring bounds the grid alone, a short one to none.
-    assert kernel._splits(2**30, 10**6, 2, 132) == (64, 64)
-    assert kernel._splits(4099, 10**6, 8, 132) == (16, 16)
-    assert kernel._splits(4099, 700, 8, 132) == (4, 16)
-    assert kernel._splits(4099, 10**6, 67, 132) == (1, 1)
-    assert kernel._splits(kernel.SPLIT_KEYS, 10**6, 1, 132) == (1, 1)
+    assert cut_keys(2**30, 10**6, 2, 132) == (64, 64, SPLIT_KEYS)
+    assert cut_keys(4099, 10**6, 8, 132) == (16, 16, SPLIT_KEYS)
+    assert cut_keys(4099, 700, 8, 132) == (4, 16, SPLIT_KEYS)
+    assert cut_keys(4099, 10**6, 67, 132) == (1, 1, 0)
+    assert cut_keys(SPLIT_KEYS, 10**6, 1, 132) == (1, 1, 0)

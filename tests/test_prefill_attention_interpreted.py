@@ -13,6 +13,8 @@ from shapes import LAYOUTS, Chunk, Heads, laid_out
 from test_prefill_attention import alone, check, make_changed
 from tolerance import assert_same
 
+from mistral_kernels.kernels import attention_combine
+
 pytestmark = pytest.mark.interpreter
 TILE, SPLIT = 16, 32
 FULL = Chunk("nothing wraps", (45, 3), (5, 20), None, 16, 5)
@@ -45,7 +47,7 @@ def small_tiles(kernel, monkeypatch):
 @pytest.fixture
 def small_splits(kernel, small_tiles, monkeypatch):
     """Splits of two tiles, on a device with so many multiprocessors that all queries are few."""
-    monkeypatch.setattr(kernel, "SPLIT_KEYS", SPLIT)
+    monkeypatch.setattr(attention_combine, "SPLIT_KEYS", SPLIT)
     monkeypatch.setattr(kernel, "processor", lambda device: ((8, 0), 10**6))
 
 
@@ -101,9 +103,9 @@ def test_one_split_alone_has_the_bits_of_none(small_splits):
     assert_same_pair(run(scene), run(scene, batch_invariant=True), "batch_invariant")
 
 
-def test_splits_of_several_tiles(small_splits, kernel, monkeypatch):
+def test_splits_of_several_tiles(small_splits, monkeypatch):
     # Three splits of 96 and 112 positions: of 48 keys, the last shorter.
-    monkeypatch.setattr(kernel, "MAX_SPLITS", 3)
+    monkeypatch.setattr(attention_combine, "MAX_SPLITS", 3)
     scene = make_scene(Chunk("long", (96, 112), (3, 5), None, 16, 8), heads=Heads(3, 1, 16))
     check(scene, run(scene))
 
