@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from mistral_kernels.kernels.matrix_product import products, tile_place
-from mistral_kernels.kernels.processor import shared_bytes
+from mistral_kernels.kernels.processor import processor, shared_bytes
 
 
 @triton.jit(do_not_specialize=["rows"])  # a batch of one must not compile it anew
@@ -113,8 +113,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, batch_invar
     (rows, in_dim), out_dim = x.shape, weight.shape[0]
     if out.numel() == 0:
         return
-    # The interpreter runs CPU tensors and takes any configuration.
-    arch = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    arch, _ = processor(x.device)
     config = tile_config(rows, x.dtype, arch, batch_invariant)
     tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(out_dim, config["BLOCK_N"])
     with torch.cuda.device_of(x):  # Triton launches on the current device
