@@ -7,8 +7,8 @@ Compiles each Triton kernel with its shipped tile configurations (`codegen_cases
   multiprocessor, and how much these have on its way from memory at most;
 - bytes and operations of the headline shapes, and how long a GPU takes for them at least.
 
-Exits with 1 for a spill, too much shared memory, an instruction that is due but missing, or a
-kernel that is missing from the table.
+Exits with 1 for a spill, too much shared memory, an instruction that is due but missing, a wait
+behind every wgmma, or a kernel that is missing from the table.
 """
 
 import argparse
@@ -29,16 +29,22 @@ from benchmarks.machine_code import ARCHS, INSTRUCTIONS, Row
 from benchmarks.roofline import GPUS, Prediction, cuda_predictions, triton_predictions
 
 WIDTH = 190
-Job = tuple[str, str, list[str]]  # file, arch, kernels; a .cu file is compiled whole
+Job = tuple[str, str, list[str], str]  # file, arch, kernels, one of SCOPES; .cu: all of it
+SCOPES = {
+    "all": lambda case: True,
+    "common": lambda case: not case.get("rare"),
+    "headline": lambda case: bool(case.get("work")),
+}
 
 
 def compile_file(job: Job) -> list[Row]:
     """The rows of a job; runs in a process of its own, to which no kernel can be sent."""
-    file, arch, kernels = job
+    file, arch, kernels, scope = job
     if file.endswith(".cu"):
         return compilers.compile_cuda(compilers.find_nvcc(), Path(file), arch)
     cases = compilers.triton_module(file).codegen_cases(compilers.capability(arch))
-    return compilers.compile_triton([c for c in cases if c["kernel"].__name__ in kernels], arch)
+    cases = [case for case in cases if case["kernel"].__name__ in kernels and SCOPES[scope](case)]
+    return compilers.compile_triton(cases, arch)
 
 
 def compile_all(jobs: list[Job]) -> list[Row]:
@@ -91,28 +97,33 @@ def as_json(rows: list[Row], predictions: list[Prediction]) -> str:
     return json.dumps({"environment": made_by, "rows": codes, "predictions": works}, indent=1)
 
 
-def find_jobs(archs: list[str], only: list[str]) -> tuple[list[Job], set[str], list[Prediction]]:
-    """What to compile, the kernels that must come of it, and what is predicted of them.
+def find_jobs(
+    archs: list[str], only: list[str], headline: list[str], scope: str = "all"
+) -> tuple[list[Job], set[tuple[str, str]], list[Prediction]]:
+    """What to compile, (language, kernel) that must come of it, and what is predicted of them.
 
     Args:
         archs: those of ARCHS to compile for.
         only: names of kernels, or of files without their ending; empty: all there are.
+        headline: those of ARCHS to compile Triton's headline shapes for, and nothing else.
+        scope: which of Triton's cases to compile for `archs`, one of SCOPES.
     """
     jobs, declared, predictions = [], set(), []
     for stem, module in compilers.triton_modules().items():
         kernels = compilers.triton_kernels(module)
         wanted = kernels if not only or stem in only else kernels & set(only)
-        declared |= wanted
+        declared |= {("Triton", kernel) for kernel in wanted}
         predictions += [row for row in triton_predictions(module) if row.kernel in wanted]
-        jobs += [(stem, arch, sorted(wanted)) for arch in archs if wanted]
+        for arch in (*archs, *headline) if wanted else ():
+            jobs.append((stem, arch, sorted(wanted), "headline" if arch in headline else scope))
     nvcc = compilers.find_nvcc()
     for path in compilers.cuda_files() if nvcc else []:
         kernels = compilers.cuda_kernels(path)
         if kernels and (not only or path.stem in only or kernels & set(only)):
-            declared |= kernels
+            declared |= {("CUDA", kernel) for kernel in kernels}
             predictions += cuda_predictions(path)
             known = compilers.nvcc_archs(nvcc)
-            jobs += [(str(path), arch, []) for arch in archs if arch in known]
+            jobs += [(str(path), arch, [], scope) for arch in archs if arch in known]
     return jobs, declared, predictions
 
 
@@ -120,11 +131,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("benchmarks.codegen", description=__doc__.split("\n")[0])
     parser.add_argument("--archs", nargs="+", choices=ARCHS, default=list(ARCHS), metavar="ARCH")
     parser.add_argument(
+        "--headline", nargs="+", choices=ARCHS, default=[], metavar="ARCH",
+        help="compile Triton's headline shapes for these, too",
+    )  # fmt: skip
+    parser.add_argument(
         "--kernel", nargs="+", default=[], help="names of kernels or of their files"
     )
+    parser.add_argument("--common", action="store_true", help="leave out cases marked as rare")
     parser.add_argument("--json", type=Path, help="write the tables to this file, too")
     options = parser.parse_args(argv)
-    jobs, declared, predictions = find_jobs(options.archs, options.kernel)
+    jobs, declared, predictions = find_jobs(
+        options.archs, options.kernel, options.headline, "common" if options.common else "all"
+    )
     if not declared:
         parser.error(f"--kernel: no kernel and no file is named {' or '.join(options.kernel)}")
 
@@ -137,9 +155,9 @@ def main(argv: list[str] | None = None) -> int:
         options.json.write_text(as_json(rows, predictions))
     if not compilers.find_nvcc():
         print("nvcc was not found: the .cu files are not in the table")
-    left_out = sorted(declared - {row.kernel for row in rows})
-    for kernel in left_out:
-        print(f"{kernel}: not in the table")
+    left_out = sorted(declared - {(row.language, row.kernel) for row in rows})
+    for language, kernel in left_out:
+        print(f"{kernel} ({language}): not in the table")
     return 1 if left_out or any(row.problems() for row in rows) else 0
 
 

@@ -70,6 +70,7 @@ class Row:
     counts: dict[str, int] = field(default_factory=dict)  # of INSTRUCTIONS
     load_bytes: int = 0  # that a thread's loads into registers fetch, each executed once
     copy_bytes: int = 0  # the same of asynchronous copies into shared memory
+    serialised: bool = False  # a wait stands behind every wgmma
     due: tuple[str, ...] = ()
 
     @property
@@ -108,6 +109,8 @@ class Row:
             found.append(f"takes {self.shared} bytes of shared memory")
         elif not self.blocks:
             found.append("does not fit on a multiprocessor")
+        if self.serialised:
+            found.append("waits behind every wgmma (C7515)")
         for word in self.due:
             names = TENSOR_CORES if word == "mma" else (word,)
             if word == "wgmma":
@@ -137,19 +140,21 @@ def read_code(compiled: list[Compiled], arch: str) -> list[dict[str, dict]]:
 
 
 def read_words(compiled: Compiled) -> dict[str, dict]:
-    """Registers, memory and threads of every kernel, by symbol."""
-    rows = {}
+    """Registers, memory, threads and waits of every kernel, by symbol."""
+    rows, waiting = {}, serialised_kernels(compiled.said)
     for part in compiled.said.split("Compiling entry function '")[1:]:
 
         def total(pattern: str, part: str = part) -> int:
             return sum(map(int, re.findall(pattern, part)))
 
-        rows[part.partition("'")[0]] = {
+        symbol = part.partition("'")[0]
+        rows[symbol] = {
             "registers": total(r"Used (\d+) registers"),
             "shared": total(r"(\d+) bytes smem"),
             "stack": total(r"(\d+) bytes stack frame"),
             "spills": total(r"(\d+) bytes spill"),
             "threads": 1024,  # without launch bounds it must run with that many
+            "serialised": symbol in waiting,
         }
     elf = output(TOOLS / "cuobjdump", "-elf", compiled.cubin)
     for section in re.split(r"^\.nv\.info\.", elf, flags=re.M)[1:]:
@@ -157,6 +162,11 @@ def read_words(compiled: Compiled) -> dict[str, dict]:
         if (symbol := section.split()[0]) in rows and (found := re.search(bounds, section)):
             rows[symbol]["threads"] = math.prod(int(size, 16) for size in found.groups())
     return rows
+
+
+def serialised_kernels(said: str) -> set[str]:
+    """Kernels of which ptxas says that a wait stands behind each wgmma: its note C7515."""
+    return set(re.findall(r"\(C7515\).* function '(\w+)'", said))
 
 
 def code_sections(cubin: bytes) -> dict[str, bytes]:

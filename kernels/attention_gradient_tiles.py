@@ -5,17 +5,15 @@
 with scale and lse in base 2. Sums grow in the order of positions.
 """
 
-import math
-
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(math.log2(math.e))
+from mistral_kernels.kernels.attention_tiles import LOG2_E
 
 
 @triton.jit
 def load_tile(row_ptr, rows, offs_d, mask_row, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """(rows, BLOCK_D) elements at int offsets `rows`, 0 where masked."""
+    """(rows, BLOCK_D) elements at int64 offsets `rows`, 0 where masked."""
     ptrs = row_ptr + rows[:, None] + offs_d[None, :]
     PADDED: tl.constexpr = offs_d.shape[0] != HEAD_DIM
     if MASKED:
@@ -52,12 +50,13 @@ def add_keys(
 ):
     """Adds what tiles of keys give to d_q."""
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, q.shape[1])
+    k_rows, v_rows = offs_n.to(tl.int64) * stride_k, offs_n.to(tl.int64) * stride_v
     for first in tl.range(start, stop, BLOCK_N, num_stages=EDGE_STAGES if MASKED else None):
         key = first + offs_n
         k_tile, v_tile = tl.cast(first, tl.int64) * stride_k, tl.cast(first, tl.int64) * stride_v
         mask_n = (key >= live) & (key < seqlen)
-        k = load_tile(k_ptr + k_tile, offs_n * stride_k, offs_d, mask_n, MASKED, HEAD_DIM)
-        v = load_tile(v_ptr + v_tile, offs_n * stride_v, offs_d, mask_n, MASKED, HEAD_DIM)
+        k = load_tile(k_ptr + k_tile, k_rows, offs_d, mask_n, MASKED, HEAD_DIM)
+        v = load_tile(v_ptr + v_tile, v_rows, offs_d, mask_n, MASKED, HEAD_DIM)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None]
         if MASKED:
             seen = (key[None, :] >= low[:, None]) & (key[None, :] <= high[:, None])
@@ -95,11 +94,12 @@ def add_queries(
     d_k, d_v = sums
     q_ptr, d_out_ptr, lse_ptr, delta_ptr, stride_q_token, stride_q_head, q_heads = rows
     row, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, k.shape[1])
+    flat = row // GROUP * q_heads + row % GROUP
+    q_rows = (row // GROUP).to(tl.int64) * stride_q_token
+    q_rows += (row % GROUP).to(tl.int64) * stride_q_head
     for first in tl.range(start, stop, BLOCK_TOKENS, num_stages=EDGE_STAGES if MASKED else None):
         token = first + row // GROUP
         mask_m = (row < BLOCK_TOKENS * GROUP) & (token >= live) & (token < seqlen)
-        flat = row // GROUP * q_heads + row % GROUP
-        q_rows = row // GROUP * stride_q_token + row % GROUP * stride_q_head
         q_tile, tile = tl.cast(first, tl.int64) * stride_q_token, tl.cast(first, tl.int64) * q_heads
         q = load_tile(q_ptr + q_tile, q_rows, offs_d, mask_m, MASKED or IDLE, HEAD_DIM)
         d_out = load_tile(

@@ -4,23 +4,26 @@ Keys go in after RoPE. An int8 or fp8 cache holds round(value / scale), saturati
 handled by its bits, since below sm_89 there are no instructions for it.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+CACHE_FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+
+
+def as_codes(cache: torch.Tensor) -> torch.Tensor:
+    """A cache as the kernels take it: fp8 as its bytes, for Triton has no such type for sm_80."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
 @triton.jit
 def page_and_row(table_row, slot, mask, PAGE_SIZE: tl.constexpr):
-    """Page and row within it of logical slots, int64; PAGE_SIZE 0: a sequence has one page.
+    """Page and row within it of logical slots, int64.
 
     Entries of the table that are masked are not read: they may be -1.
     """
-    if PAGE_SIZE == 0:
-        page = tl.load(table_row)
-        row = slot
-    else:
-        page = tl.load(table_row + slot // PAGE_SIZE, mask=mask, other=0)
-        row = slot % PAGE_SIZE
-    return page.to(tl.int64), row.to(tl.int64)
+    page = tl.load(table_row + slot // PAGE_SIZE, mask=mask, other=0)
+    return page.to(tl.int64), (slot % PAGE_SIZE).to(tl.int64)
 
 
 @triton.jit

@@ -9,16 +9,22 @@ operations: bound by memory. Mistral 7B (32/8 heads of 128, bf16) reads 16.8 MB 
 of latencies (launch, table, keys, counter, partials). Not measured.
 """
 
-import functools
-import math
-
 import torch
 import triton
 import triton.language as tl
 
-from mistral_kernels.kernels.cache_elements import as_stored, expanded, load_turned, page_and_row
+from mistral_kernels.kernels.attention_tiles import LOG2_E, attend_tiles
+from mistral_kernels.kernels.cache_elements import (
+    CACHE_FORMATS,
+    as_codes,
+    as_stored,
+    expanded,
+    load_turned,
+    page_and_row,
+)
 from mistral_kernels.kernels.key_splits import (
     MAX_SPLITS,
+    block_slots,
     counter_share,
     enough_workspace,
     partial_pointers,
@@ -27,11 +33,9 @@ from mistral_kernels.kernels.key_splits import (
     store_outputs,
     workspace_for,
 )
+from mistral_kernels.kernels.processor import processor, shared_bytes
 
-MAX_HEAD_DIM = 256
-LOG2_E = math.log2(math.e)
-SHARED_KB = {(8, 0): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}  # of a processor; others 99
-CACHE_FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+MAX_GROUP = 32  # in tiles of 64 rows ptxas puts a wait behind every wgmma on sm_90
 
 
 # What changes from call to call must not compile the kernel anew.
@@ -95,7 +99,7 @@ def decode_attention_kernel(
     # Which keys: old ones first .. position - 1, in tiles of this split; the new one apart.
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = pair // kv_heads, pair % kv_heads
-    offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     mask_m, mask_d = offs_m < GROUP, (offs_d < HEAD_DIM)[None, :]
     position = tl.load(positions_ptr + batch)
     if position < 0:
@@ -144,21 +148,26 @@ def decode_attention_kernel(
         score_scale = scale * k_scale * unit
         value_scale = v_scale * unit
 
-    k_head = k_cache_ptr + head * stride_k_cache_head
-    v_head = v_cache_ptr + head * stride_v_cache_head
+    k_ring = k_cache_ptr + head * stride_k_cache_head
+    v_ring = v_cache_ptr + head * stride_v_cache_head
     table_row = block_table_ptr + batch * stride_table_batch
-    newest_slot = position % capacity
+    if PAGE_SIZE == 0:
+        page = tl.load(table_row).to(tl.int64)
+        k_ring += page * stride_k_page
+        v_ring += page * stride_v_page
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     # The newest split: writes the new key and value, and starts the softmax with them.
     if split == live - 1:
-        page, row = page_and_row(table_row, newest_slot, position >= 0, PAGE_SIZE)
-        k_slot = k_head + page * stride_k_page + row * stride_k_slot
-        v_slot = v_head + page * stride_v_page + row * stride_v_slot
-        k_slot += offs_d[None, :]
-        v_slot += offs_d[None, :]
+        k_slot, v_slot, row = k_ring, v_ring, (position % capacity).to(tl.int64)
+        if PAGE_SIZE:
+            page, row = page_and_row(table_row, position % capacity, position >= 0, PAGE_SIZE)
+            k_slot += page * stride_k_page
+            v_slot += page * stride_v_page
+        k_slot += row * stride_k_slot + offs_d[None, :]
+        v_slot += row * stride_v_slot + offs_d[None, :]
         if k_ptr is not None:
             k_row = k_ptr + batch * stride_k_batch + head * stride_k_head
             v_row = v_ptr + batch * stride_v_batch + head * stride_v_head
@@ -183,30 +192,15 @@ def decode_attention_kernel(
             total = tl.exp2(top - tl.where(top == -float("inf"), 0.0, top))
             acc = total[:, None] * expanded(v_new, dtype, CACHE_FORMAT).to(tl.float32)
 
-    # Old keys. What is masked is not loaded but 0: a slot may hold NaN.
-    for tile in tl.range(begin_tile, end_tile):
-        offs_key = tile * BLOCK_N + offs_n
-        seen = (offs_key >= first) & (offs_key < position)
-        slot = offs_key - position + newest_slot  # fewer than capacity behind the newest
-        slot = tl.where(slot < 0, slot + capacity, slot)
-        page, row = page_and_row(table_row, slot, seen, PAGE_SIZE)
-        mask_kv = seen[:, None] & mask_d
-        k_rows = k_head + (page * stride_k_page + row * stride_k_slot)[:, None]
-        k = tl.load(k_rows + offs_d[None, :], mask=mask_kv, other=0)
-        v_rows = v_head + (page * stride_v_page + row * stride_v_slot)[:, None]
-        v = tl.load(v_rows + offs_d[None, :], mask=mask_kv, other=0)
-
-        k = expanded(k, dtype, CACHE_FORMAT)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale
-        scores = tl.where(seen[None, :], scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)  # -inf - -inf would be NaN
-        keep = tl.exp2(top - base)
-        weights = tl.exp2(scores - base[:, None])
-        total = total * keep + tl.sum(weights, axis=1)
-        v = expanded(v, dtype, CACHE_FORMAT)
-        acc = tl.dot(weights.to(dtype), v, acc * keep[:, None], input_precision="ieee")
-        top = new_top
+    # Old keys, all in masked tiles: every head of the group sees the same.
+    keys = (
+        k_ring, v_ring, stride_k_slot, stride_v_slot, stride_k_page, stride_v_page,
+        table_row, capacity,
+    )  # fmt: skip
+    acc, top, total = attend_tiles(
+        (acc, top, total), q, begin_tile * BLOCK_N, end_tile * BLOCK_N, first, position, None, None,
+        score_scale, keys, True, None, True, PAGE_SIZE, CACHE_FORMAT, HEAD_DIM, BLOCK_N,
+    )  # fmt: skip
     acc *= value_scale
 
     if live == 1:
@@ -236,7 +230,12 @@ def decode_attention_kernel(
 
 
 def tile_config(
-    head_dim: int, page_size: int, cache_dtype: torch.dtype, arch: tuple[int, int]
+    head_dim: int,
+    group: int,
+    page_size: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    arch: tuple[int, int],
 ) -> dict[str, int]:
     """Tiles, warps and stages for keys of `head_dim` on compute capability `arch`; not measured.
 
@@ -244,24 +243,27 @@ def tile_config(
     16 in fp32, whose products are no tensor-core instructions and hold whole rows in registers.
     Stages fill half the shared memory of a processor, so that two blocks share it and one loads
     while the other reduces; where pages are looked up first, Triton spends two stages a buffer.
-    Eight warps for a quantised cache, whose expanded tiles spill with four.
+    Eight warps for a quantised cache, whose expanded tiles spill with four, and for many heads.
+    What still spills, by 0.3 KB: float32 rows of 256 with a quantised cache.
     """
     block_d = max(triton.next_power_of_2(head_dim), 16)
     row_bytes = block_d * cache_dtype.itemsize
-    block_n = 16 if cache_dtype == torch.float32 else min(max(16384 // row_bytes, 16), 64)
-    shared = SHARED_KB.get(arch, 99) * 1024
-    buffers = min(max((shared // 2 - 8192) // (2 * block_n * row_bytes), 1), 4)
+    block_n = 16 if dtype == torch.float32 else min(max(16384 // row_bytes, 16), 64)
+    room = shared_bytes(arch) // 2 - 8192
+    if dtype == torch.float32 and cache_dtype != dtype:
+        room -= 2 * block_n * block_d * dtype.itemsize  # without mma expanded tiles lie there, too
+    buffers = min(max(room // (2 * block_n * row_bytes), 1), 4)
     return {
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
-        "num_warps": 8 if cache_dtype in CACHE_FORMATS else 4,
+        "num_warps": 8 if cache_dtype in CACHE_FORMATS or group > 16 else 4,
         "num_stages": (2 * buffers if page_size else buffers) + 1,
     }
 
 
-def _constants(group, page_size, interleaved, head_dim, cache_dtype, arch) -> dict:
+def _constants(group, page_size, interleaved, head_dim, dtype, cache_dtype, arch) -> dict:
     """The kernel's constexprs and options; page_size is 0 for one page a sequence."""
-    config = tile_config(head_dim, page_size, cache_dtype, arch)
+    config = tile_config(head_dim, group, page_size, dtype, cache_dtype, arch)
     heads = triton.next_power_of_2(group)
     return config | {
         "HEAD_DIM": head_dim,
@@ -276,19 +278,9 @@ def _constants(group, page_size, interleaved, head_dim, cache_dtype, arch) -> di
     }
 
 
-@functools.cache
-def processor(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and the number of blocks that run at once."""
-    if device.type != "cuda":  # the interpreter takes any configuration
-        return (8, 0), 2 * 108
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), 2 * properties.multi_processor_count
-
-
 def largest_workspace(pairs, group, head_dim, width, device, batch_invariant) -> int:
     """Bytes of workspace for every call of up to `pairs` = batch * kv_heads and `width` keys."""
-    slots = None if batch_invariant else processor(device)[1]
-    return enough_workspace(pairs, group, head_dim, width, slots)
+    return enough_workspace(pairs, group, head_dim, width, block_slots(device, batch_invariant))
 
 
 def decode_attention(
@@ -316,7 +308,7 @@ def decode_attention(
     """Writes `out`, `lse` and the ring; the arguments are those of the op.
 
     Raises:
-        ValueError: workspace is too small.
+        ValueError: workspace is too small or misaligned.
     """
     batch, q_heads, head_dim = q.shape
     _, page_size, kv_heads, _ = k_cache.shape
@@ -325,18 +317,17 @@ def decode_attention(
     pairs, group = batch * kv_heads, q_heads // kv_heads
     if pairs == 0:
         return
-    arch, slots = processor(q.device)
+    arch, _ = processor(q.device)
     one_page = 0 if pages_per_seq == 1 else page_size
-    constants = _constants(group, one_page, interleaved, head_dim, k_cache.dtype, arch)
+    constants = _constants(group, one_page, interleaved, head_dim, q.dtype, k_cache.dtype, arch)
     width = capacity if window is None else min(window, capacity)
-    cut = plan(pairs, width, constants["BLOCK_N"], None if batch_invariant else slots)
+    cut = plan(pairs, width, constants["BLOCK_N"], block_slots(q.device, batch_invariant))
     workspace = workspace_for(q, workspace, pairs, cut, group, head_dim)
-    if k_cache.dtype == torch.float8_e4m3fn:
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    k_cache, v_cache = as_codes(k_cache), as_codes(v_cache)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         decode_attention_kernel[(pairs, cut.splits)](
             q, k, v, out, lse, k_cache, v_cache, block_table, positions, starts, cos, sin, q_scale,
-            k_scale, v_scale, workspace, kv_heads, capacity, width, scale * LOG2_E,
+            k_scale, v_scale, workspace, kv_heads, capacity, width, scale * LOG2_E.value,
             cut.tiles_at_least, cut.most_splits,
             0 if workspace is None else counter_share(workspace.numel()),
             *q.stride()[:2],
@@ -369,32 +360,38 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
     fixed = {name: "i32" for name in names[names.index("kv_heads") : names.index("HEAD_DIM")]}
     fixed |= dict.fromkeys(("lse_ptr", "cos_ptr", "sin_ptr"), "*fp32") | {"scale": "fp32"}
     fixed |= dict.fromkeys(("block_table_ptr", "positions_ptr"), "*i32") | {"workspace_ptr": "*u8"}
+    bf16, fp32, int8, fp8 = torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn
+    pointers = {bf16: "*bf16", fp32: "*fp32", int8: "*i8", fp8: "*u8"}
     cases = []
-    for case, cache_dtype, page_size, interleaved, head_dim, batches in (
-        ("bf16 one page", torch.bfloat16, 0, True, 128, (1, 8, 32)),
-        ("bf16 pages of 256", torch.bfloat16, 256, False, 128, ()),
-        ("bf16 head 256", torch.bfloat16, 256, False, 256, ()),
-        ("bf16 head 80", torch.bfloat16, 16, True, 80, ()),
-        ("fp32 one page", torch.float32, 0, True, 128, ()),
-        ("bf16, int8 cache", torch.int8, 0, True, 128, (32,)),
-        ("bf16, fp8 cache", torch.float8_e4m3fn, 0, True, 128, ()),
+    for case, dtype, cache_dtype, page_size, head_dim, group, batches in (
+        ("bf16 one page", bf16, bf16, 0, 128, 4, (1, 8, 32)),
+        ("bf16 pages of 256", bf16, bf16, 256, 128, 4, ()),
+        ("bf16 head 256", bf16, bf16, 256, 256, 4, ()),
+        ("bf16 head 80", bf16, bf16, 16, 80, 4, ()),
+        ("fp32 one page", fp32, fp32, 0, 128, 4, ()),
+        ("bf16, int8 cache", bf16, int8, 0, 128, 4, (32,)),
+        ("bf16, fp8 cache", bf16, fp8, 0, 128, 4, ()),
+        ("fp32, fp8 cache", fp32, fp8, 16, 128, 4, None),
+        ("bf16, largest group", bf16, bf16, 16, 128, MAX_GROUP, None),
+        ("bf16 head 256, largest group", bf16, bf16, 16, 256, MAX_GROUP, None),
     ):
-        fp32 = cache_dtype == torch.float32
-        own = "*fp32" if fp32 else "*bf16"
-        cache = {torch.int8: "*i8", torch.float8_e4m3fn: "*u8"}.get(cache_dtype, own)
-        signature = fixed | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), own)
-        signature |= dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), cache)
+        signature = fixed | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), pointers[dtype])
+        signature |= dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), pointers[cache_dtype])
         if cache_dtype in CACHE_FORMATS:
             signature |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "*fp32")
-        works = {n: work(n, 4096, 32, 8, 128, cache_dtype.itemsize) for n in batches}
+        works = {n: work(n, 4096, 32, 8, 128, cache_dtype.itemsize) for n in batches or ()}
+        interleaved = page_size != 256
         cases.append(
             {
                 "case": case,
                 "kernel": decode_attention_kernel,
                 "signature": signature,
-                "constexprs": _constants(4, page_size, interleaved, head_dim, cache_dtype, arch),
-                "due": ("cp_async",) if fp32 else ("mma", "cp_async"),
-                "work": {f"4096 keys, {case}, batch {n}": works[n] for n in batches},
+                "constexprs": _constants(
+                    group, page_size, interleaved, head_dim, dtype, cache_dtype, arch
+                ),
+                "due": ("cp_async",) if dtype == fp32 else ("mma", "cp_async"),
+                "work": {f"4096 keys, {case}, batch {n}": works[n] for n in works},
+                "rare": batches is None,
             }
         )
     return cases

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mistral_kernels.kernels.processor import processor
+
 MAX_SPLITS = 64
 SHARE = 32  # counters take the first 32nd of a workspace
 
@@ -27,6 +29,11 @@ class Plan(NamedTuple):
     splits: int  # of the grid, at least those of any sequence
     most_splits: int  # that a sequence may have
     tiles_at_least: int  # of a split
+
+
+def block_slots(device: torch.device, batch_invariant: bool) -> int | None:
+    """Blocks that run at once, two a multiprocessor; None where a cut must not depend on them."""
+    return None if batch_invariant else 2 * processor(device)[1]
 
 
 def shortest_split(slots: int | None) -> int:
@@ -95,8 +102,13 @@ def workspace_for(
     """The caller's workspace, a new one where there is none, or None if `cut` has one split only.
 
     Raises:
-        ValueError: workspace is too small.
+        ValueError: workspace is too small or misaligned.
     """
+    if workspace is not None and workspace.data_ptr() % 16:
+        raise ValueError(
+            "decode_attention: workspace must begin at a multiple of 16 bytes,"
+            f" got {workspace.data_ptr() % 16} behind one"
+        )
     if cut.splits == 1:
         return None
     needed = workspace_bytes(pairs, cut.splits, group, head_dim)

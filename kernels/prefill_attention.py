@@ -5,32 +5,29 @@ query and key make 0.96 TFLOP; q, k, v and out are 0.34 GB. At peak rates an A10
 H100 or H200 0.97 ms; the bytes take 0.17, 0.10 and 0.07 ms: bound by the tensor cores. Tiles of
 32 tokens x 64 keys visit 1.6 % more than the pairs that count. 4 new tokens after 4096 cached ones
 read 16.8 MB for 0.27 GFLOP: bound by memory, 8, 5 and 3.5 us, if enough programs share the keys.
-"""
 
-import functools
-import math
+The first tiles of a sequence see fewest keys, windowed or not; they run last and fill the tail. All
+tiles of a chunk that follows a full window are alike, and the last wave is as long as any: 2304
+tokens are 576 programs, 4.4 waves of 132, in the time of 5. Keys in two splits would take that of
+4.5, but their partials move 151 MB, 35 of 250 us on an H200: more than the 25 us they save.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from mistral_kernels.kernels.attention_combine import combine_splits
+from mistral_kernels.kernels.attention_combine import SPLIT_KEYS, combine_splits, cut_keys
 from mistral_kernels.kernels.attention_tiles import (
+    LOG2_E,
     NO_WINDOW,
-    SHARED_KB,
     attend_source,
     find_sequence,
 )
+from mistral_kernels.kernels.cache_elements import CACHE_FORMATS, as_codes
 from mistral_kernels.kernels.key_splits import store_outputs
+from mistral_kernels.kernels.processor import processor, shared_bytes
 
-MAX_HEAD_DIM = 256  # a query tile and its sums live in registers
-MAX_GROUP = 64  # the heads of one token fit into a tile, also in 99 KiB
-SPLIT_KEYS = 256  # of a split at least: 0.13 MB at head_dim 128, 16 times its partial; not measured
-MAX_SPLITS = 64  # a program of the combine reads them one after another
-LOG2_E = math.log2(math.e)
-CACHE_FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
-
-
+# What changes from call to call: the kernel is not compiled anew for a 1 or a multiple of 16.
 SIZES = "tokens", "batch", "tiles", "splits", "most_splits", "kv_heads", "window", "capacity"
 
 
@@ -85,9 +82,7 @@ def prefill_attention_kernel(
     SPLIT_KEYS: tl.constexpr,  # keys of a split at least, a multiple of BLOCK_N; 0: not split
 ):
     """Grid (tiles * splits * kv_heads,). A program owns one query tile of one kv head, or of it one
-    split of its keys.
-
-    Late tiles, which see most keys, run first, so that short ones fill the tail.
+    split of its keys. Late tiles, which see most keys, run first.
     """
     BLOCK_TOKENS: tl.constexpr = BLOCK_M // GROUP
     pid = tl.program_id(0)
@@ -195,29 +190,34 @@ def tile_config(
     arch: tuple[int, int],
     *,
     quantised: bool = False,
+    stored: bool = False,
 ) -> dict[str, int]:
     """Tiles, warps and stages where a sequence has `rows` rows (tokens * group). Not measured.
 
     128 rows by 8 warps: 64 registers a thread hold the sums of head_dim 128. 128 keys on sm_90 and
-    64 below would spill; so would 128 rows of wider heads, and below sm_90 of cached codes, which
-    each warp expands for itself. Masked tiles wait for their keys, which costs fewer registers than
-    to prefetch them; but on sm_90 ptxas then puts a wait behind every wgmma of the kernel (its note
-    C7515), as it does with three stages, but not with two. Few rows get a tile of their size:
-    memory is what they wait for. float32 has no tensor cores: each product is an instruction of its
-    own, by the thousand in larger tiles, which spill and take minutes to compile.
+    64 below would spill; so would 128 rows of wider heads, on sm_120, and below sm_90 of cached
+    codes, which each warp expands for itself, of wider heads in still smaller tiles; and three
+    stages below sm_90 where all keys are `stored` in the ring. Masked tiles wait for their keys,
+    which costs fewer registers than to prefetch them; but on sm_90 ptxas then puts a wait behind
+    every wgmma of the kernel (its note C7515), as it does with three stages, but not with two. Few
+    rows get a tile of their size: memory is what they wait for. float32 has no tensor cores: each
+    product is an instruction of its own, by the thousand in larger tiles, which spill and compile
+    for minutes.
     """
     block_d = max(triton.next_power_of_2(head_dim), 16)
     block_m = min(max(triton.next_power_of_2(rows), 16), 128)
     wgmma = arch[0] in (9, 10)
-    block_n, stages = 64 if wgmma or block_m == 16 else 32, 3
+    block_n, stages = 64 if wgmma or block_m == 16 else 32, 2 if stored and not wgmma else 3
     if dtype == torch.float32:
         block_m, block_n, stages = 16, 16, 1
+    elif block_d > 128 and quantised:
+        block_m, block_n = (min(block_m, 64), 16) if wgmma else (min(block_m, 32), 32)
     elif block_d > 128:
         block_m, block_n = min(block_m, 64), 32
-    elif quantised and not wgmma:
+    elif (quantised and not wgmma) or arch[0] == 12:
         block_m, block_n = min(block_m, 64), 64
     block_m = max(block_m, triton.next_power_of_2(group))
-    limit = SHARED_KB.get(arch, 99) * 1024
+    limit = shared_bytes(arch)
     row_bytes = block_d * dtype.itemsize
     while (block_m + 2 * stages * block_n) * row_bytes > limit:
         if stages > 1:
@@ -226,8 +226,8 @@ def tile_config(
             block_n //= 2
         else:
             block_m //= 2
-    small = block_m * block_d <= 64 * 128 and dtype != torch.float32 and not quantised
-    small = small and (wgmma or block_m <= 64)
+    few_sums = block_m * block_d <= (32 if arch[0] == 12 else 64) * 128
+    small = few_sums and dtype != torch.float32 and not quantised and (wgmma or block_m <= 64)
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
@@ -245,15 +245,6 @@ def work(
     pairs = sum(min(context + token + 1, window) for token in range(tokens))
     rows = 2 * tokens * q_heads + 2 * (tokens + min(context, window)) * kv_heads
     return 2 * rows * head_dim, 4 * pairs * q_heads * head_dim
-
-
-@functools.cache
-def _device_facts(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors; the interpreter, on CPU tensors, is like one."""
-    if device.type != "cuda":
-        return (8, 0), 1
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
 
 
 def prefill_attention(
@@ -285,22 +276,22 @@ def prefill_attention(
     if out.numel() == 0:
         return
     group = q_heads // kv_heads
-    arch, multiprocessors = _device_facts(q.device)
+    arch, multiprocessors = processor(q.device)
     rows = 128 if batch_invariant else triton.cdiv(tokens, batch) * group
-    config = tile_config(head_dim, group, rows, q.dtype, arch, quantised=k_scale is not None)
+    cache = {"quantised": k_scale is not None, "stored": k is None}
+    config = tile_config(head_dim, group, rows, q.dtype, arch, **cache)
     block_tokens = config["BLOCK_M"] // group
     tiles = tokens // block_tokens + batch
     window = NO_WINDOW if window is None else min(window, NO_WINDOW)
 
     capacity = page_size = 0
-    splits, most_splits, cache_format, sums = 1, 1, None, (out, lse)
+    splits, most_splits, split_keys, cache_format, sums = 1, 1, 0, None, (out, lse)
     if k_cache is not None:
         capacity = block_table.shape[1] * k_cache.shape[1]
         page_size = 0 if block_table.shape[1] == 1 else k_cache.shape[1]
         cache_format = CACHE_FORMATS.get(k_cache.dtype)
-        if cache_format == "fp8":
-            k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-        splits, most_splits = _splits(
+        k_cache, v_cache = as_codes(k_cache), as_codes(v_cache)
+        splits, most_splits, split_keys = cut_keys(
             window + block_tokens - 1,
             capacity + tokens,
             max(batch, triton.cdiv(tokens, block_tokens)) * kv_heads,
@@ -313,30 +304,15 @@ def prefill_attention(
         prefill_attention_kernel[(tiles * splits * kv_heads,)](
             q, k, v, *sums, cu_seqlens, context_lens, block_table, k_cache, v_cache, k_scale,
             v_scale, starts, tokens, batch, tiles, splits, most_splits, kv_heads, window, capacity,
-            scale * LOG2_E,
+            scale * LOG2_E.value,
             *_strides(q, 2), *_strides(k, 2), *_strides(v, 2),
             *_strides(k_cache, 3), *_strides(v_cache, 3), *_strides(block_table, 1),
             *(int(x is not None and x.numel() > 1) for x in (k_scale, v_scale)),
             CAUSAL=causal, PAGE_SIZE=page_size, CACHE_FORMAT=cache_format, GROUP=group,
-            HEAD_DIM=head_dim, SPLIT_KEYS=SPLIT_KEYS if splits > 1 else 0, **config,
+            HEAD_DIM=head_dim, SPLIT_KEYS=split_keys, **config,
         )  # fmt: skip
         if splits > 1:
             combine_splits(*sums, out, lse)
-
-
-def _splits(seen: int, held: int, busy: int, multiprocessors: int) -> tuple[int, int]:
-    """Splits of the grid, and how many a query tile's keys are cut into, by what the host knows.
-
-    Args:
-        seen: keys that a window lets a tile see.
-        held: keys that there can be: they bound the grid and decide nothing else.
-        busy: programs that have queries, at least, if keys are not split.
-    """
-    most = min(multiprocessors // busy, MAX_SPLITS)
-    if most < 2 or seen <= SPLIT_KEYS:
-        return 1, 1
-    # A window need not begin at a tile's first key; tiles are no longer than SPLIT_KEYS.
-    return min(most, triton.cdiv(min(seen, held), SPLIT_KEYS) + 1), most
 
 
 def _strides(x: torch.Tensor | None, count: int) -> tuple[int, ...]:
@@ -344,28 +320,37 @@ def _strides(x: torch.Tensor | None, count: int) -> tuple[int, ...]:
 
 
 def codegen_cases(arch: tuple[int, int]) -> list[dict]:
-    """What benchmarks/codegen.py compiles for `arch`: Mistral 7B's heads, and wider ones."""
+    """What benchmarks/codegen.py compiles for `arch`: Mistral 7B's heads, and other shapes."""
+    names = prefill_attention_kernel.arg_names
+    sizes = names[names.index("tokens") : names.index("CAUSAL")]
+    fixed = dict.fromkeys(sizes, "i32") | {"scale": "fp32", "lse_ptr": "*fp32"}
+    fixed["cu_seqlens_ptr"] = "*i32"
+    long, few = {"16384 tokens, window 4096": (16384, 0)}, {"4 tokens after 4096": (4, 4096)}
     cases = []
-    for case, head_dim, rows, cache, page_size in (
-        ("new keys", 128, 128, None, 0),
-        ("one page", 128, 128, "*bf16", 0),
-        ("fp8 pages of 16", 128, 128, "*u8", 16),
-        ("few rows, split", 128, 16, "*bf16", 0),
-        ("new keys of 256", 256, 128, None, 0),
+    for case, dtype, head_dim, rows, cache, page_size, stored, shapes in (
+        ("new keys", "*bf16", 128, 128, None, 0, False, long),
+        ("one page", "*bf16", 128, 128, "*bf16", 0, False, {}),
+        ("fp8 pages of 16", "*bf16", 128, 128, "*u8", 16, False, {}),
+        ("few rows, split", "*bf16", 128, 16, "*bf16", 0, False, few),
+        ("new keys of 256", "*bf16", 256, 128, None, 0, False, {}),
+        ("stored in one page", "*bf16", 128, 128, "*bf16", 0, True, None),
+        ("pages of 16, head 80", "*bf16", 80, 128, "*bf16", 16, False, None),
+        ("pages of 16, head 256", "*bf16", 256, 128, "*bf16", 16, False, None),
+        ("fp8 pages of 16, head 256", "*bf16", 256, 128, "*u8", 16, False, None),
+        ("pages of 16, head 256", "*fp32", 256, 128, "*fp32", 16, False, None),
     ):
-        signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16") | {"scale": "fp32"}
-        signature["out_ptr"] = "*fp32" if rows == 16 else "*bf16"
-        signature |= {"lse_ptr": "*fp32", "cu_seqlens_ptr": "*i32"}
+        signature = fixed | {"q_ptr": dtype, "out_ptr": "*fp32" if rows == 16 else dtype}
+        if not stored:
+            signature |= dict.fromkeys(("k_ptr", "v_ptr"), dtype)
         if cache is not None:
             signature |= dict.fromkeys(("context_lens_ptr", "block_table_ptr"), "*i32")
             signature |= dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), cache)
         if cache == "*u8":
             signature |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "*fp32")
-        names = prefill_attention_kernel.arg_names
-        sizes = names[names.index("tokens") : names.index("CAUSAL")]
-        signature |= {name: "i32" for name in sizes if name != "scale"}
-        config = tile_config(head_dim, 4, rows, torch.bfloat16, arch, quantised=cache == "*u8")
-        constants = {
+        fp32 = dtype == "*fp32"
+        kind = torch.float32 if fp32 else torch.bfloat16
+        how = {"quantised": cache == "*u8", "stored": stored}
+        constants = tile_config(head_dim, 4, rows, kind, arch, **how) | {
             "CAUSAL": True,
             "PAGE_SIZE": page_size,
             "CACHE_FORMAT": "fp8" if cache == "*u8" else None,
@@ -373,19 +358,17 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
             "HEAD_DIM": head_dim,
             "SPLIT_KEYS": SPLIT_KEYS if rows == 16 else 0,
         }
-        works = {}
-        if case == "new keys":
-            works["16384 tokens, window 4096"] = work(16384, 0, 4096, 32, 8, 128)
-        elif rows == 16:
-            works["4 tokens after 4096"] = work(4, 4096, 4096, 32, 8, 128)
+        product = "wgmma" if constants["BLOCK_M"] >= 64 else "mma"
+        works = {name: work(*size, 4096, 32, 8, 128) for name, size in (shapes or {}).items()}
         cases.append(
             {
-                "case": f"bf16 {case}",
+                "case": f"{dtype[1:]} {case}",
                 "kernel": prefill_attention_kernel,
                 "signature": signature,
-                "constexprs": constants | config,
-                "due": ("wgmma" if config["BLOCK_M"] >= 64 else "mma", "cp_async"),
+                "constexprs": constants,
+                "due": () if fp32 else (product, "cp_async"),
                 "work": works,
+                "rare": shapes is None,
             }
         )
     return cases

@@ -16,18 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mistral_kernels.kernels.attention_gradient_tiles import (
-    LOG2_E,
-    add_keys,
-    add_queries,
-    load_tile,
-)
-from mistral_kernels.kernels.attention_tiles import (
-    NO_WINDOW,
-    SHARED_KB,
-    find_sequence,
-    loop_bounds,
-)
+from mistral_kernels.kernels.attention_gradient_tiles import add_keys, add_queries, load_tile
+from mistral_kernels.kernels.attention_tiles import LOG2_E, NO_WINDOW, find_sequence, loop_bounds
+from mistral_kernels.kernels.processor import processor, shared_bytes
 
 
 @triton.jit(do_not_specialize=["batch", "tiles", "kv_heads", "window"])
@@ -227,7 +218,7 @@ def tile_config(
     long a tile stays on sm_90, where wgmma reads its operands from shared memory; d_kv would spill
     with 64 rows beside it. Of wider heads half as many keys stay, too few for wgmma in d_kv. Loops
     with masks have two stages on sm_90, and float32 tiny tiles, for the reasons told in
-    prefill_attention's tile_config.
+    prefill_attention's tile_config; rows of 256 still spill in d_q, by 1.6 KB.
     """
     block_d = max(triton.next_power_of_2(head_dim), 16)
     wgmma = arch[0] in (9, 10) and dtype != torch.float32
@@ -243,7 +234,7 @@ def tile_config(
         stays, moves = min(stays, 64), heads
     elif not keys_stay:
         stays = max(stays, heads)
-    limit = SHARED_KB.get(arch, 99) * 1024
+    limit = shared_bytes(arch)
     row_bytes = block_d * dtype.itemsize
     while 2 * (stays + moves + (stages - 1) * max(stays, moves)) * row_bytes > limit:
         if stages > 1:
@@ -277,11 +268,6 @@ def work(
     return 5 * q_bytes + 2 * kv_bytes, 6 * pairs * head_dim  # `out` is float32
 
 
-def max_group(head_dim: int) -> int:
-    """The largest group whose rows of one token fit, twice and in float32, into 99 KiB."""
-    return 64 if head_dim <= 128 else 32
-
-
 def prefill_attention_backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -311,7 +297,7 @@ def prefill_attention_backward(
     if q.numel() == 0:
         return
     group = q_heads // kv_heads
-    arch = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
+    arch, _ = processor(q.device)
     shape = {"CAUSAL": causal, "GROUP": group, "HEAD_DIM": head_dim}
     rows_stay, keys_stay = (
         shape | tile_config(head_dim, group, q.dtype, arch, keys_stay=stay)
@@ -356,7 +342,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
                 "kernel": kernel,
                 "signature": signature,
                 "constexprs": constants,
-                "due": ("wgmma" if wide else "mma", "cp_async"),
+                "due": ("wgmma" if wide else "mma", *("cp_async",) * (constants["num_stages"] > 1)),
                 "work": {
                     "16384 tokens, window 4096": work(16384, 4096, 32, 8, 128, keys_stay=keys_stay)
                 }

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mistral_kernels.kernels.cache_elements import as_stored
+from mistral_kernels.kernels.cache_elements import as_codes, as_stored
 
 
 @triton.jit
@@ -144,8 +144,7 @@ def store_kv(
     page_size, capacity = k_cache.shape[1], block_table.shape[1] * k_cache.shape[1]
     if k.numel() == 0 or context_lens.shape[0] == 0:
         return
-    if k_cache.dtype == torch.float8_e4m3fn:  # Triton has no such type for sm_80
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    k_cache, v_cache = as_codes(k_cache), as_codes(v_cache)
     # The interpreter runs CPU tensors and takes any configuration.
     arch = torch.cuda.get_device_capability(k.device) if k.is_cuda else (8, 0)
     config = tile_config(kv_heads, head_dim, k.dtype, arch)

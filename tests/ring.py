@@ -4,13 +4,22 @@ Keys and values of a sequence are made as one long history, so that what an op s
 of it; the ring below is only where the op finds them.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from oracle import f64, quantise
 from torch import Tensor
 
 PAGE_LAYOUTS = ("head-major", "token-major")
+
+
+def in_turns(chunks: Sequence) -> list:
+    """Return test parameters (chunk, page layout), layouts taking turns: each is only strides."""
+    pairs = zip(chunks, itertools.cycle(PAGE_LAYOUTS), strict=False)
+    return [pytest.param(chunk, layout, id=f"{chunk.name}-{layout}") for chunk, layout in pairs]
 
 
 @dataclass

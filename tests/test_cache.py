@@ -9,6 +9,7 @@ from tiny_models import feed, random_model, random_prompts
 from tolerance import assert_same
 
 from mistral_kernels.model.cache import KVCache
+from mistral_kernels.ops import dispatch
 
 
 def new_cache(batch=1, max_tokens=64, windows=(4, None), **kwargs) -> KVCache:
@@ -113,6 +114,30 @@ def test_rollback_of_everything_empties_a_place():
     cache.rollback(12)
     got = torch.cat([feed(model, cache, [prompt], [n])[0] for n in (3, 1, 8)])
     torch.testing.assert_close(got, feed(model, None, [prompt], [12])[0])
+
+
+def test_pages_that_the_backend_does_not_take_go_to_another(monkeypatch):
+    # Stands for the CUDA kernel, which takes multiples of 16.
+    cell = dispatch.OPS["decode_attention"]["reference"]
+    picky = cell._replace(
+        refuses=lambda facts: "odd pages" if facts.get("page_size") == 3 else None
+    )
+    monkeypatch.setitem(dispatch.OPS["decode_attention"], "cpu", picky)
+    monkeypatch.setattr(dispatch, "choose", dispatch.choose.__wrapped__)  # it remembers cells
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend: None)
+    model, (prompt,) = random_model(dtype=torch.float32, windows=(4, None)), random_prompts([9])
+    model.set_backend("auto")
+    assert model.backends["decode_attention"] == "cpu"
+    taken, other = (model.new_cache(1, 32, page_size=size) for size in (4, 3))
+    assert {layer.decode for layer in taken.layers} == {None}
+    assert {layer.decode.backend for layer in other.layers} == {"reference"}
+    one, two = (
+        torch.cat([feed(model, c, [prompt], [n])[0] for n in (8, 1)]) for c in (taken, other)
+    )
+    torch.testing.assert_close(one, two)
+    model.set_backend("cpu")
+    with pytest.raises(ValueError, match="decode_attention: backend 'cpu' .* odd pages"):
+        model.new_cache(1, 32, page_size=3)
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,7 @@ def exact_rope(x: Tensor, *, cos, sin, positions, interleaved, q_scale) -> Tenso
     return torch.from_numpy(rotated).to(x.device)
 
 
-@pytest.mark.parametrize("layout", ring.PAGE_LAYOUTS)
-@pytest.mark.parametrize("chunk", shapes.STEPS, ids=lambda chunk: chunk.name)
+@pytest.mark.parametrize(("chunk", "layout"), ring.in_turns(shapes.STEPS))
 def test_step(chunk, layout, dtype, backend, device):
     scene = make_step(chunk, dtype=dtype, device=device, layout=layout)
     before, qkv = scene.ring.copy(), scene.qkv.clone()

@@ -45,10 +45,14 @@ def valid_call(quantised: bool = False, device: str = "cpu", layout: str = "head
     }
 
 
-@pytest.mark.parametrize("page_layout", ring.PAGE_LAYOUTS)
-@pytest.mark.parametrize("layout", shapes.LAYOUTS)
-@pytest.mark.parametrize("quantised", [False, True], ids=["float", "int8"])
-def test_registration(quantised, layout, page_layout, backend, device):
+@pytest.mark.parametrize(
+    ("layout", "quantised", "page_layout"),
+    [
+        (layout, layout == "padded", ring.PAGE_LAYOUTS[i % 2])
+        for i, layout in enumerate(shapes.LAYOUTS)
+    ],
+)
+def test_registration(layout, quantised, page_layout, backend, device):
     call = dict.fromkeys(SCHEMA) | valid_call(quantised, device, page_layout)
     call |= {name: shapes.laid_out(call[name], layout) for name in "qkv"}
     registration.check("decode_attention", *(call[name] for name in SCHEMA), backend)
@@ -84,6 +88,7 @@ def int32(*values) -> torch.Tensor:
 REFUSED = [
     *refusal.cases(VALID),
     refusal.Case("q", torch.ones(2, 3, 16), "kv_heads 2", "q_heads 3"),
+    refusal.Case("q", torch.ones(2, 0, 16), "positive multiple", "q_heads 0"),
     refusal.Case("k", None, "together", "no k"),
     refusal.Case("k", torch.ones(2, 2, 8), "head_dim=16", "(2, 2, 8)"),
     refusal.Case("v", torch.ones(3, 2, 16), "batch=2", "(3, 2, 16)"),

@@ -18,7 +18,6 @@ from tolerance import assert_same
 from triton.runtime import interpreter
 
 from mistral_kernels.kernels import key_splits
-from mistral_kernels.ops import dispatch
 
 pytestmark = pytest.mark.interpreter
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -154,10 +153,13 @@ def test_counters_count(kernel):
     assert counters(workspace)[0] == 1, "the newest split counted after the reduction"
 
 
-def test_a_small_workspace_is_refused(kernel):
-    scene = make_step(LONG)
-    with pytest.raises(ValueError, match=r"decode_attention: workspace .* 100"):
-        scene.decode(workspace=torch.zeros(100, dtype=torch.uint8), backend="triton")
+@pytest.mark.parametrize(
+    ("first", "size", "why"), [(0, 100, "got 100"), (1, 40_000, "of 16 bytes")]
+)
+def test_a_small_or_misaligned_workspace_is_refused(first, size, why, kernel):
+    workspace = torch.zeros(first + size, dtype=torch.uint8)[first:]
+    with pytest.raises(ValueError, match=f"decode_attention: workspace .*{why}"):
+        make_step(LONG).decode(workspace=workspace, backend="triton")
 
 
 def test_idle_rows_and_a_table_of_larger_rows(kernel):
@@ -197,29 +199,19 @@ def test_bits_do_not_depend_on_capacity_or_neighbours(kernel):
     assert_same_results(alone, [x[1:2] for x in expected], "alone")
 
 
-def test_the_backend_says_what_it_does_not_take():
-    facts = (("head_dim", 257),)
-    call = {"device_type": "cpu", "dtype": torch.float32, "facts": facts, "backend": "triton"}
-    with pytest.raises(ValueError, match="decode_attention: .*head_dim up to 256, got 257"):
-        dispatch.choose("decode_attention", **call)
-
-
-@pytest.mark.parametrize("slots", [None, 216, 264])
-@pytest.mark.parametrize("block_n", [16, 64])
-def test_the_plan_covers_every_position(block_n, slots):
-    for pairs, width in ((1, 1), (8, 4096), (3, 65), (64, 4097), (256, 100_000), (5000, 700)):
-        cut = key_splits.plan(pairs, width, block_n, slots)
-        assert 1 <= cut.splits <= cut.most_splits <= 64
-        for position in (0, 1, block_n, width - 2, width - 1, width, 3 * width + 5, 3 * width + 6):
-            first = max(position - width + 1, 0)
-            tiles = max(-(-position // block_n) - first // block_n, 0)
-            per_split = max(cut.tiles_at_least, -(-tiles // cut.most_splits))
-            assert -(-tiles // per_split) <= cut.splits
-
-
-def test_a_workspace_holds_counters_and_partials_apart():
-    for pairs, splits, group, head_dim in ((1, 2, 1, 1), (7, 3, 5, 80), (5000, 2, 1, 16)):
-        size = key_splits.workspace_bytes(pairs, splits, group, head_dim)
-        first = 4 * len(counters(torch.empty(size, dtype=torch.uint8)))
-        assert first % 16 == 0 and first >= 4 * pairs
-        assert size - first >= 4 * pairs * splits * group * (head_dim + 2)
+def test_slots_2_gb_apart(kernel):
+    apart = 2**30  # elements: the third slot begins at 2^31
+    memory = torch.empty(2 * apart + 32, dtype=torch.float16)
+    scene = make_step(
+        Chunk("apart", (2,), (1,), None, 3, 1), heads=Heads(2, 1, 16), dtype=torch.float16
+    )
+    shape, steps = (1, 3, 1, 16), (4 * apart, apart, 16, 1)
+    caches = [memory[first:].as_strided(shape, steps) for first in (0, 16)]
+    for cache, own in zip(caches, (scene.ring.k_cache, scene.ring.v_cache), strict=True):
+        cache.copy_(own[scene.ring.block_table[0]])
+    before = scene.ring.copy()
+    wide = replace(before, k_cache=caches[0], v_cache=caches[1], block_table=scene.int32([[0]]))
+    assert_same_results(
+        replace(scene, ring=wide).decode(backend="triton"), scene.decode(backend="triton"), "apart"
+    )
+    assert_same(caches[0][0, 2], scene.ring.k_cache[scene.ring.block_table[0, 0], 2], "k_cache")

@@ -1,4 +1,4 @@
-"""How large decode_attention's workspace has to be for all calls on a cache."""
+"""How decode_attention cuts its keys, and how large its workspace has to be for that."""
 
 import pytest
 import ring
@@ -65,3 +65,24 @@ def test_a_cache_s_workspace_follows_its_widest_layer():
     both = workspace((64, None))
     assert len(both) == len(workspace((None,))) > len(workspace((64,)))
     assert not both.any() and workspace((64,), "cpu") is None
+
+
+@pytest.mark.parametrize("slots", [None, 216, 264])
+@pytest.mark.parametrize("block_n", [16, 64])
+def test_the_plan_covers_every_position(block_n, slots):
+    for pairs, width in ((1, 1), (8, 4096), (3, 65), (64, 4097), (256, 100_000), (5000, 700)):
+        cut = key_splits.plan(pairs, width, block_n, slots)
+        assert 1 <= cut.splits <= cut.most_splits <= 64
+        for position in (0, 1, block_n, width - 2, width - 1, width, 3 * width + 5, 3 * width + 6):
+            first = max(position - width + 1, 0)
+            tiles = max(-(-position // block_n) - first // block_n, 0)
+            per_split = max(cut.tiles_at_least, -(-tiles // cut.most_splits))
+            assert -(-tiles // per_split) <= cut.splits
+
+
+def test_a_workspace_holds_counters_and_partials_apart():
+    for pairs, splits, group, head_dim in ((1, 2, 1, 1), (7, 3, 5, 80), (5000, 2, 1, 16)):
+        size = key_splits.workspace_bytes(pairs, splits, group, head_dim)
+        first = key_splits.counter_share(size)
+        assert first % 16 == 0 and first >= 4 * pairs
+        assert size - first >= 4 * pairs * splits * group * (head_dim + 2)

@@ -35,8 +35,7 @@ def check(scene: Scene, result: tuple[torch.Tensor, torch.Tensor], **how) -> Non
     assert result[0].dtype == scene.qkv.dtype and result[1].dtype == torch.float32
 
 
-@pytest.mark.parametrize("layout", ring.PAGE_LAYOUTS)
-@pytest.mark.parametrize("chunk", shapes.CHUNKS, ids=lambda chunk: chunk.name)
+@pytest.mark.parametrize(("chunk", "layout"), ring.in_turns(shapes.CHUNKS))
 def test_ring_and_new_keys(chunk, layout, dtype, backend, device):
     scene = make_scene(chunk, dtype=dtype, device=device, layout=layout)
     before = scene.ring.copy(), scene.qkv.clone()

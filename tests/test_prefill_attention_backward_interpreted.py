@@ -1,7 +1,6 @@
 """The gradients of prefill_attention by Triton in the interpreter, on tiles that few keys cross."""
 
 import functools
-import itertools
 
 import gradients
 import pytest
@@ -11,7 +10,6 @@ from test_prefill_attention_contract import attend, both_outputs, plain_packed
 from tolerance import assert_close, assert_same
 
 from mistral_kernels import ops
-from mistral_kernels.ops import dispatch
 
 pytestmark = pytest.mark.interpreter
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -162,24 +160,18 @@ def test_no_tokens():
     assert [part.shape[0] for part in found] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("fact", ["head_dim", "group"])
-def test_what_does_not_fit_takes_the_reference(fact, kernel):
-    call = {"device_type": "cpu", "dtype": torch.bfloat16, "backend": "triton"}
-    facts = {"head_dim": 256, "group": kernel.max_group(256)}
-    for more, backend in ((0, "triton"), (1, "reference")):
-        taken = tuple((facts | {fact: facts[fact] + more}).items())
-        assert dispatch.prefer("prefill_attention_backward", facts=taken, **call) == backend
-
-
-@pytest.mark.parametrize("arch", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tile_config_fits_the_device(arch, dtype, kernel):
-    limit = kernel.SHARED_KB.get(arch, 99) * 1024
-    for head_dim, keys_stay in itertools.product((1, 80, 128, 256), (False, True)):
-        for group in (1, 4, 7, kernel.max_group(head_dim)):
-            config = kernel.tile_config(head_dim, group, dtype, arch, keys_stay=keys_stay)
-            block_m, block_n, block_d = (config[f"BLOCK_{name}"] for name in "MND")
-            assert block_m >= max(group, 16) and block_n >= 16 and block_d >= max(head_dim, 16)
-            moves = block_m if keys_stay else block_n
-            rows = 2 * (block_m + block_n) + 2 * moves * (config["num_stages"] - 1)
-            assert rows * block_d * dtype.itemsize <= limit
+def test_rows_2_gb_apart(tiles):
+    apart = 2**30  # elements: the third row begins at 2^31
+    memory = torch.empty(2 * apart + 64, dtype=torch.float16)
+    given = {name: part.half() for name, part in inputs(3, Heads(1, 1, 16)).items()}
+    function = both_outputs(run("triton", [0, 3], window=2))
+    expected = gradients.gradients(function, given, torch.float16)
+    wide = [memory[first:].as_strided((3, 1, 16), (apart, 16, 1)) for first in (0, 16, 32)]
+    for leaf, part in zip(wide, given.values(), strict=True):
+        leaf.copy_(part).requires_grad_()
+    out = function(*wide)
+    direction = torch.arange(out.numel()).cos().view_as(out)
+    for name, got, want in zip(
+        "qkv", torch.autograd.grad(out, wide, direction), expected, strict=True
+    ):
+        assert_same(got, want, f"gradient of {name}")

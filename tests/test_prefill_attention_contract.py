@@ -96,15 +96,18 @@ SCHEMA = (
 ).split()
 
 
-@pytest.mark.parametrize("layout", shapes.LAYOUTS)
-def test_registration(layout, backend, device):
+@pytest.mark.parametrize(
+    ("cache_dtype", "layout"),
+    zip((torch.int8, torch.float32, None), shapes.LAYOUTS, strict=True),
+    ids=str,
+)
+def test_registration(cache_dtype, layout, backend, device):
     defaults = dict.fromkeys(SCHEMA) | {"causal": True, "scale": 0.25, "batch_invariant": False}
-    for cache_dtype in (None, torch.float32, torch.int8):
-        call = defaults | valid_call(cache_dtype, device)
-        for name in "qkv":
-            call[name] = shapes.laid_out(call[name], layout).detach()
-            call[name].requires_grad_(cache_dtype is None)
-        registration.check("prefill_attention", *(call[name] for name in SCHEMA), backend)
+    call = defaults | valid_call(cache_dtype, device)
+    for name in "qkv":
+        call[name] = shapes.laid_out(call[name], layout).detach()
+        call[name].requires_grad_(cache_dtype is None)
+    registration.check("prefill_attention", *(call[name] for name in SCHEMA), backend)
 
 
 def test_registration_without_new_keys(backend, device):
@@ -148,6 +151,7 @@ def int32(*values) -> torch.Tensor:
 REFUSED_ALONE = [
     *refusal.cases(ALONE),
     refusal.Case("q", torch.ones(7, 3, 16), "kv_heads 2", "q_heads 3"),
+    refusal.Case("q", torch.ones(7, 0, 16), "positive multiple", "q_heads 0"),
     refusal.Case("q", torch.ones(7, 1, 16), "kv_heads 2", "q_heads 1"),
     refusal.Case("k", None, "together", "k"),
     refusal.Case("k", torch.ones(7, 2, 8), "head_dim=16", "(7, 2, 8)"),

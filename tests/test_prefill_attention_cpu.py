@@ -11,7 +11,6 @@ from shapes import Chunk, Heads
 from test_prefill_attention import alone, check, make_changed
 from tolerance import assert_same
 
-from mistral_kernels import ops
 from mistral_kernels.ops import dispatch
 
 OP = "prefill_attention"
@@ -126,12 +125,6 @@ def test_a_nan_query_spoils_its_own_row_only(context):
     others = torch.ones_like(lse, dtype=torch.bool)
     others[2, 1] = False
     assert_same_pair((out[others], lse[others]), [part[others] for part in expected], "others")
-
-
-def test_no_query_heads():
-    k, cu_seqlens = torch.randn(3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
-    out, lse = ops.prefill_attention(k[:, :0], k, k, cu_seqlens, backend="cpu")
-    assert out.shape == (3, 0, 8) and lse.shape == (3, 0)
 
 
 def test_it_computes_nothing_in_torch():

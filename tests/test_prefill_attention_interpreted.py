@@ -13,11 +13,9 @@ from shapes import LAYOUTS, Chunk, Heads, laid_out
 from test_prefill_attention import alone, check, make_changed
 from tolerance import assert_same
 
-from mistral_kernels import ops
-from mistral_kernels.ops import dispatch
+from mistral_kernels.kernels import attention_combine
 
 pytestmark = pytest.mark.interpreter
-OP = "prefill_attention"
 TILE, SPLIT = 16, 32
 FULL = Chunk("nothing wraps", (45, 3), (5, 20), None, 16, 5)
 
@@ -49,8 +47,8 @@ def small_tiles(kernel, monkeypatch):
 @pytest.fixture
 def small_splits(kernel, small_tiles, monkeypatch):
     """Splits of two tiles, on a device with so many multiprocessors that all queries are few."""
-    monkeypatch.setattr(kernel, "SPLIT_KEYS", SPLIT)
-    monkeypatch.setattr(kernel, "_device_facts", lambda device: ((8, 0), 10**6))
+    monkeypatch.setattr(attention_combine, "SPLIT_KEYS", SPLIT)
+    monkeypatch.setattr(kernel, "processor", lambda device: ((8, 0), 10**6))
 
 
 def run(scene: Scene, **changes):
@@ -105,18 +103,9 @@ def test_one_split_alone_has_the_bits_of_none(small_splits):
     assert_same_pair(run(scene), run(scene, batch_invariant=True), "batch_invariant")
 
 
-def test_keys_are_cut_into_no_more_splits_than_are_busy(kernel):
-    # 33 blocks of 2 for 132 multiprocessors; the ring bounds the grid alone, a short one to none.
-    assert kernel._splits(2**30, 10**6, 2, 132) == (64, 64)
-    assert kernel._splits(4099, 10**6, 8, 132) == (16, 16)
-    assert kernel._splits(4099, 700, 8, 132) == (4, 16)
-    assert kernel._splits(4099, 10**6, 67, 132) == (1, 1)
-    assert kernel._splits(kernel.SPLIT_KEYS, 10**6, 1, 132) == (1, 1)
-
-
-def test_splits_of_several_tiles(small_splits, kernel, monkeypatch):
+def test_splits_of_several_tiles(small_splits, monkeypatch):
     # Three splits of 96 and 112 positions: of 48 keys, the last shorter.
-    monkeypatch.setattr(kernel, "MAX_SPLITS", 3)
+    monkeypatch.setattr(attention_combine, "MAX_SPLITS", 3)
     scene = make_scene(Chunk("long", (96, 112), (3, 5), None, 16, 8), heads=Heads(3, 1, 16))
     check(scene, run(scene))
 
@@ -170,17 +159,13 @@ def test_quantised_cache(cache_dtype, dtype, small_splits):
     check(scene, run(scene))
 
 
-@pytest.mark.parametrize("head_dim", [1, 17, 32, 64, 80, 96, 128, 256])
-def test_head_dims(head_dim, dtype, small_tiles):
-    scene = make_scene(
-        Chunk("few", (20,), (3,), 18, 4, 5), heads=Heads(2, 1, head_dim), dtype=dtype
-    )
-    check(scene, run(scene))
+HEADS = [Heads(2, 1, head_dim) for head_dim in (1, 17, 32, 64, 80, 96, 128, 256)]
+HEADS += [Heads(group, 1, 16) for group in (5, 16, 17, 33)]
 
 
-@pytest.mark.parametrize("group", [5, 16, 17, 33])
-def test_groups(group, dtype, small_tiles):
-    scene = make_scene(Chunk("few", (17,), (4,), 18, 4, 5), heads=Heads(group, 1, 16), dtype=dtype)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_heads(heads, dtype, small_tiles):
+    scene = make_scene(Chunk("few", (20,), (3,), 18, 4, 5), heads=heads, dtype=dtype)
     check(scene, run(scene))
 
 
@@ -207,6 +192,29 @@ def test_poison_outside_of_every_window(value, dtype, small_tiles):
     assert_same_pair(run(scene), expected, "poisoned")
 
 
+def test_a_live_value_of_nan_stays_within_query_tiles(small_tiles):
+    # Tiles of 8 tokens: rows 16 to 18 share that of 19, row 39 sees it last, 40 begins a tile.
+    scene = make_scene(alone(21, (48,)), heads=Heads(2, 1, 16))
+    expected = scene.prefill_alone(backend="triton")
+    scene.parts()[2][19] = torch.nan
+    out, lse = scene.prefill_alone(backend="triton")
+    assert out[19:40].isnan().all()
+    for rows in (slice(16), slice(40, None)):
+        assert_same(out[rows], expected[0][rows], "out")
+    assert_same(lse, expected[1], "lse")
+
+
+def test_rows_2_gb_apart(small_tiles):
+    apart = 2**30  # elements: the third row begins at 2^31
+    memory = torch.empty(2 * apart + 64, dtype=torch.float16)
+    scene = make_scene(alone(2, (3,)), heads=Heads(1, 1, 16), dtype=torch.float16)
+    wide = [memory[first:].as_strided((3, 1, 16), (apart, 16, 1)) for first in (0, 16, 32)]
+    for part, own in zip(wide, scene.parts(), strict=True):
+        part.copy_(own)
+    q, k, v = wide
+    check(scene, scene.prefill_alone(q=q, k=k, v=v, backend="triton"))
+
+
 def test_a_nan_query_spoils_its_own_row_only(small_splits):
     scene = make_scene(FULL)
     expected = run(scene)
@@ -216,32 +224,3 @@ def test_a_nan_query_spoils_its_own_row_only(small_splits):
     others = ~lse.isnan()
     assert others.sum() == others.numel() - 1
     assert_same_pair((out[others], lse[others]), [x[others] for x in expected], "others")
-
-
-def test_no_query_heads():
-    k, cu_seqlens = torch.randn(3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
-    out, lse = ops.prefill_attention(k[:, :0], k, k, cu_seqlens, backend="triton")
-    assert out.shape == (3, 0, 8) and lse.shape == (3, 0)
-
-
-@pytest.mark.parametrize("fact", ["head_dim", "group"])
-def test_refuses_what_does_not_fit_a_tile(fact, kernel):
-    largest = {"head_dim": kernel.MAX_HEAD_DIM, "group": kernel.MAX_GROUP}[fact]
-    call = {"device_type": "cpu", "dtype": torch.bfloat16, "backend": "triton"}
-    assert dispatch.choose(OP, facts=((fact, largest),), **call) == "triton"
-    with pytest.raises(ValueError, match=f"{fact} up to {largest}, got {largest + 1}"):
-        dispatch.choose(OP, facts=((fact, largest + 1),), **call)
-
-
-@pytest.mark.parametrize("arch", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)], ids=str)
-def test_tile_config_fits_the_device(arch, kernel, dtype):
-    for head_dim in (1, 32, 80, 128, 256):
-        for group in (1, 4, 7, kernel.MAX_GROUP):
-            for rows in (1, 17, 64, 10**6):
-                config = kernel.tile_config(head_dim, group, rows, dtype, arch)
-                block_m, block_n, block_d = (config[f"BLOCK_{name}"] for name in "MND")
-                assert block_m >= max(group, 16) and block_d >= max(head_dim, 16)
-                assert kernel.SPLIT_KEYS % block_n == 0
-                keys = 2 * config["num_stages"] * block_n
-                limit = kernel.SHARED_KB.get(arch, 99) * 1024
-                assert (block_m + keys) * block_d * dtype.itemsize <= limit

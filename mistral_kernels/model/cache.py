@@ -15,6 +15,7 @@ from torch import Tensor
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.ops.checks import is_int
 from mistral_kernels.ops.decode_attention import decode_attention_workspace_bytes
+from mistral_kernels.ops.dispatch import BoundOp
 
 PAGE_ALIGNMENT = 16  # a page is a multiple of the kernels' smallest key tile
 MOST_TOKENS = 2**31 - 1  # positions are int32
@@ -28,6 +29,7 @@ class LayerCache(NamedTuple):
     block_table: Tensor  # (batch, pages_per_seq), int32
     window: int | None
     workspace: Tensor | None = None  # of decode_attention; all layers share it: they run in turn
+    decode: BoundOp | None = None  # decode_attention, if the model's own does not take the pages
 
     @property
     def capacity(self) -> int:

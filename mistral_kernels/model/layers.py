@@ -67,7 +67,8 @@ class Attention(nn.Module):
         tables: RopeTables,
         layer_cache: LayerCache,
     ) -> Tensor:
-        out, _ = self.kernels["decode_attention"](
+        decode_attention = layer_cache.decode or self.kernels["decode_attention"]
+        out, _ = decode_attention(
             q,
             k,
             v,

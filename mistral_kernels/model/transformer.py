@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mistral_kernels.model.backends import choose_backends
+from mistral_kernels.model.backends import choose_backends, decode_backend
 from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.forward_checks import check_inputs
@@ -229,8 +229,13 @@ class Transformer(SavableModule):
             A KVCache in the model's dtype and on its device.
 
         Raises:
-            TypeError, ValueError: a size is out of range.
+            TypeError, ValueError: a size is out of range, or the backend that the model was asked
+                to take does not serve such pages.
         """
+        backend = own = self.backends["decode_attention"]
+        if is_int(page_size):
+            how = {"device": self.device, "dtype": self.dtype, "backend": self.backend}
+            backend = decode_backend(self.config, **how, page_size=page_size)
         cache = KVCache(
             self.config,
             batch,
@@ -239,8 +244,11 @@ class Transformer(SavableModule):
             page_size=page_size,
             device=self.device,
             dtype=self.dtype,
-            backend=self.backends["decode_attention"],
+            backend=backend,
         )
+        if backend != own:
+            decode = BoundOp("decode_attention", backend)
+            cache.layers = [layer._replace(decode=decode) for layer in cache.layers]
         self.rope_tables(max_tokens)  # grown now, so that no step has to
         return cache
 

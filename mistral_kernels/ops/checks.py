@@ -142,9 +142,9 @@ class Arguments:
     def group(self) -> None:
         """Checks that the bound q_heads share the bound kv_heads evenly."""
         q_heads, kv_heads = self.sizes["q_heads"], self.sizes["kv_heads"]
-        if kv_heads < 1 or q_heads % kv_heads:
+        if kv_heads < 1 or q_heads < 1 or q_heads % kv_heads:
             raise ValueError(
-                f"{self.op}: q_heads {q_heads} is not a multiple of kv_heads {kv_heads}"
+                f"{self.op}: q_heads {q_heads} is not a positive multiple of kv_heads {kv_heads}"
             )
 
     def offsets(self, name: str, value: Tensor) -> None:

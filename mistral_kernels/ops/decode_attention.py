@@ -24,7 +24,11 @@ from mistral_kernels.ops.dispatch import (
     native_extension,
     prefer,
 )
-from mistral_kernels.ops.masked_attention import empty_outputs, masked_attention
+from mistral_kernels.ops.masked_attention import (
+    empty_outputs,
+    masked_attention,
+    triton_refuses,
+)
 from mistral_kernels.ops.ring import (
     all_pages_exist,
     check_cache,
@@ -159,7 +163,7 @@ def _key_splits(
 
     batch, q_heads, head_dim = q.shape
     _, page_size, kv_heads, _ = k_cache.shape
-    if page_size % PAGE_ROWS:  # a model does not ask `refuses` of every cache
+    if page_size % PAGE_ROWS:  # a model's cache may be older than its choice of a backend
         raise ValueError(f"decode_attention: {_page_size_refused(page_size)}")
     # A block works up to 8 heads of a group; larger groups are parted evenly.
     group = q_heads // kv_heads
@@ -167,7 +171,7 @@ def _key_splits(
     heads = -(-group // parts)
     blocks = batch * kv_heads * parts
     block_n = 32 if head_dim > 128 and k_cache.itemsize == 2 else 64  # kBlockN of the kernel
-    slots = None if batch_invariant else kernel.processor(q.device)[1]
+    slots = kernel.block_slots(q.device, batch_invariant)
     cut = kernel.plan(max(blocks, 1), width, block_n, slots)
     workspace = kernel.workspace_for(q, workspace, blocks, cut, heads, head_dim)
     counter_bytes = 0 if workspace is None else kernel.counter_share(workspace.numel())
@@ -185,7 +189,7 @@ def _cuda_refuses(facts: dict[str, int]) -> str | None:
     if page_size % PAGE_ROWS:
         return _page_size_refused(page_size)
     if not facts.get("aligned", 1):
-        return "it takes rows of a cache and a workspace that begin at multiples of 16 bytes"
+        return "it takes rows of a cache that begin at multiples of 16 bytes"
     return None
 
 
@@ -198,19 +202,13 @@ def _decode_attention_triton(q, *rest):
 
 
 def _triton_refuses(facts: dict[str, int]) -> str | None:
-    from mistral_kernels.kernels.decode_attention import MAX_HEAD_DIM
+    from mistral_kernels.kernels.decode_attention import MAX_GROUP
 
-    head_dim = facts.get("head_dim", 0)
-    return (
-        None
-        if head_dim <= MAX_HEAD_DIM
-        else f"it takes head_dim up to {MAX_HEAD_DIM}, got {head_dim}"
-    )
+    return triton_refuses(facts, MAX_GROUP)
 
 
-def _facts(q, k, v, k_cache, v_cache, *others):
-    workspace = others[-2]
-    starts = address(workspace) | k_cache.data_ptr() | v_cache.data_ptr()
+def _facts(q, k, v, k_cache, v_cache, *_):
+    starts = k_cache.data_ptr() | v_cache.data_ptr()
     for cache in (k_cache, v_cache):
         for steps in (q.shape[2], *cache.stride()[:3]):
             starts |= steps * cache.itemsize
@@ -300,8 +298,8 @@ def decode_attention(
         scale: factor of q . k; None for head_dim ** -0.5.
         k_scale, v_scale: (1,) or (kv_heads,), float32, of a quantised cache.
         workspace: (bytes,), uint8, zeroed once, for the calls of one stream, of any sizes in turn;
-            one that is too small is refused with the bytes wanted. None: the op makes its own. See
-            `decode_attention_workspace_bytes`.
+            one that is too small or does not begin at a multiple of 16 bytes is refused. None: the
+            op makes its own. See `decode_attention_workspace_bytes`.
         batch_invariant: a sequence's bits do not depend on its neighbours in the batch.
         backend: "auto" or a backend's name.
 
@@ -381,7 +379,5 @@ def decode_attention_workspace_bytes(
         return 0
     from mistral_kernels.kernels import decode_attention as kernel
 
-    capacity = pages_per_seq * page_size
-    width = capacity if window is None else min(window, capacity)
-    sizes = batch * kv_heads, group, head_dim, width
+    sizes = batch * kv_heads, group, head_dim, _width(window, pages_per_seq * page_size)
     return kernel.largest_workspace(*sizes, device, batch_invariant)

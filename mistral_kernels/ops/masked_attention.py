@@ -30,6 +30,18 @@ def empty_outputs(q: Tensor, *_) -> tuple[Tensor, Tensor]:
     return q.new_empty(rows, q_heads, head_dim), q.new_empty(rows, q_heads, dtype=torch.float32)
 
 
+def triton_refuses(facts: dict[str, int], most: int = 64) -> str | None:
+    """Why Triton's kernels for groups up to `most` do not take such heads, or None."""
+    from mistral_kernels.kernels.attention_tiles import MAX_HEAD_DIM, max_group
+
+    group, head_dim = facts.get("group", 1), facts.get("head_dim", 1)
+    if head_dim > MAX_HEAD_DIM:
+        return f"it takes head_dim up to {MAX_HEAD_DIM}, got {head_dim}"
+    if group > (largest := min(most, max_group(head_dim))):
+        return f"it takes group up to {largest} at head_dim {head_dim}, got {group}"
+    return None
+
+
 def attention_probabilities(
     q: Tensor, k: Tensor, visible: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from mistral_kernels.ops.masked_attention import (
     attention_probabilities,
     empty_outputs,
     masked_attention,
+    triton_refuses,
     visible_keys,
 )
 from mistral_kernels.ops.ring import (
@@ -201,24 +202,6 @@ def _prefill_attention_backward_triton(grads: list[Tensor], *inputs):
     return d_q, d_k, d_v
 
 
-def _triton_refuses(facts: dict[str, int]) -> str | None:
-    from mistral_kernels.kernels.prefill_attention import MAX_GROUP, MAX_HEAD_DIM
-
-    for fact, largest in (("head_dim", MAX_HEAD_DIM), ("group", MAX_GROUP)):
-        if facts.get(fact, 0) > largest:
-            return f"it takes {fact} up to {largest}, got {facts[fact]}"
-    return None
-
-
-def _backward_triton_refuses(facts: dict[str, int]) -> str | None:
-    from mistral_kernels.kernels.prefill_attention_backward import max_group
-
-    group, head_dim = facts.get("group", 0), facts.get("head_dim", 0)
-    if group > (largest := max_group(head_dim)):
-        return f"it takes group up to {largest} at head_dim {head_dim}, got {group}"
-    return _triton_refuses(facts)
-
-
 def _facts(q, k, v, cu_seqlens, k_cache, *_):
     kv = k if k is not None else k_cache
     facts = (("head_dim", q.shape[2]), ("group", q.shape[1] // max(1, kv.shape[-2])))
@@ -261,14 +244,14 @@ _prefill_attention = define(
     cells={
         "reference": prefill_attention_reference,
         "cpu": Cell(_prefill_attention_cpu),
-        "triton": Cell(_prefill_attention_triton, refuses=_triton_refuses),
+        "triton": Cell(_prefill_attention_triton, refuses=triton_refuses),
     },
     facts=_facts,
     check_values=_check_values,
     differentiable=("q", "k", "v"),
     backward={
         "reference": prefill_attention_backward,
-        "triton": Cell(_prefill_attention_backward_triton, refuses=_backward_triton_refuses),
+        "triton": Cell(_prefill_attention_backward_triton, refuses=triton_refuses),
     },
 )
 
@@ -293,6 +276,10 @@ def prefill_attention(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Windowed grouped-query attention over packed sequences, with or without a rolling cache.
+
+    Keys that a query does not see never count, NaN or not. But on triton a value (not a key) that
+    is not finite spoils besides the rows that see it others of their query tile: of the same
+    sequence, fewer than 128 tokens away; gradients likewise.
 
     Args:
         q: (tokens, q_heads, head_dim), rotated; float32, bfloat16 or float16 (float64 on the
