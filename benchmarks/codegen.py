@@ -91,8 +91,10 @@ def as_json(rows: list[Row], predictions: list[Prediction]) -> str:
     return json.dumps({"environment": made_by, "rows": codes, "predictions": works}, indent=1)
 
 
-def find_jobs(archs: list[str], only: list[str]) -> tuple[list[Job], set[str], list[Prediction]]:
-    """What to compile, the kernels that must come of it, and what is predicted of them.
+def find_jobs(
+    archs: list[str], only: list[str]
+) -> tuple[list[Job], set[tuple[str, str]], list[Prediction]]:
+    """What to compile, (language, kernel) that must come of it, and what is predicted of them.
 
     Args:
         archs: those of ARCHS to compile for.
@@ -102,14 +104,14 @@ def find_jobs(archs: list[str], only: list[str]) -> tuple[list[Job], set[str], l
     for stem, module in compilers.triton_modules().items():
         kernels = compilers.triton_kernels(module)
         wanted = kernels if not only or stem in only else kernels & set(only)
-        declared |= wanted
+        declared |= {("Triton", kernel) for kernel in wanted}
         predictions += [row for row in triton_predictions(module) if row.kernel in wanted]
         jobs += [(stem, arch, sorted(wanted)) for arch in archs if wanted]
     nvcc = compilers.find_nvcc()
     for path in compilers.cuda_files() if nvcc else []:
         kernels = compilers.cuda_kernels(path)
         if kernels and (not only or path.stem in only or kernels & set(only)):
-            declared |= kernels
+            declared |= {("CUDA", kernel) for kernel in kernels}
             predictions += cuda_predictions(path)
             known = compilers.nvcc_archs(nvcc)
             jobs += [(str(path), arch, []) for arch in archs if arch in known]
@@ -137,9 +139,9 @@ def main(argv: list[str] | None = None) -> int:
         options.json.write_text(as_json(rows, predictions))
     if not compilers.find_nvcc():
         print("nvcc was not found: the .cu files are not in the table")
-    left_out = sorted(declared - {row.kernel for row in rows})
-    for kernel in left_out:
-        print(f"{kernel}: not in the table")
+    left_out = sorted(declared - {(row.language, row.kernel) for row in rows})
+    for language, kernel in left_out:
+        print(f"{kernel} ({language}): not in the table")
     return 1 if left_out or any(row.problems() for row in rows) else 0
 
 

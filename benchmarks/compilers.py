@@ -26,6 +26,7 @@ from types import ModuleType
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.errors import TritonError
 
 from benchmarks.machine_code import ARCHS, Compiled, Row, output, read_code
 
@@ -68,9 +69,14 @@ def compile_triton(cases: list[dict], arch: str) -> list[Row]:
     """Compiles some of a kernel file's `codegen_cases` for `arch`."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        made = [_run_triton(case, arch) for case in cases]
-        compiled = []
-        for i, (said, kernel) in enumerate(made):
+        made, compiled = [], []
+        for i, case in enumerate(cases):
+            try:
+                made.append(_run_triton(case, arch))
+            except (TritonError, RuntimeError) as error:
+                error.add_note(f"{case['kernel'].__name__}, {case['case']}, for {arch}")
+                raise
+            said, kernel = made[-1]
             compiled.append(Compiled(said, Path(folder) / f"{i}.cubin"))
             compiled[-1].cubin.write_bytes(kernel.asm["cubin"])
         found = read_code(compiled, arch)

@@ -185,8 +185,8 @@ def test_a_triton_kernel_without_a_case_is_noticed(module_of, monkeypatch, capsy
     )
     assert codegen.main(["--archs", "sm_80", "sm_90a"]) == 1
     shown = capsys.readouterr().out
-    assert "forgotten_kernel: not in the table" in shown and "nvcc was not found" in shown
-    assert shown.count("has no mma") == 2 and "shown_kernel: not" not in shown
+    assert "forgotten_kernel (Triton): not in the table" in shown and "nvcc was not found" in shown
+    assert shown.count("has no mma") == 2 and "shown_kernel (Triton): not" not in shown
     assert codegen.main(["--archs", "sm_80", "--kernel", "shown_kernel"]) == 1
     assert "not in the table" not in capsys.readouterr().out.replace(".cu files are not", "")
     with pytest.raises(SystemExit):
@@ -204,7 +204,7 @@ def test_a_cuda_file_and_its_comments(tmp_path, monkeypatch, capsys):
     )
     out = tmp_path / "codegen.json"
     assert codegen.main(["--archs", "sm_80", "sm_90a", "--json", str(out)]) == 1
-    assert "forgotten_kernel: not in the table" in capsys.readouterr().out
+    assert "forgotten_kernel (CUDA): not in the table" in capsys.readouterr().out
     tables = json.loads(out.read_text())
     for row, arch in zip(tables["rows"], ("sm_80", "sm_90a"), strict=True):
         assert (row["arch"], row["threads"], row["registers"]) == (arch, 1024, 32)
