@@ -199,11 +199,11 @@ def tile_config(
     """Tiles, warps and stages where a sequence has `rows` rows (tokens * group). Not measured.
 
     128 rows by 8 warps: 64 registers a thread hold the sums of head_dim 128. 128 keys on sm_90 and
-    64 below would spill; so would 128 rows of wider heads, and below sm_90 of cached codes, which
-    each warp expands for itself. Masked tiles wait for their keys, which costs fewer registers than
-    to prefetch them; but on sm_90 ptxas then puts a wait behind every wgmma of the kernel (its note
-    C7515), as it does with three stages, but not with two. Few rows get a tile of their size:
-    memory is what they wait for. float32 has no tensor cores: each product is an instruction of its
+    64 below would spill; so would 128 rows of wider heads, on sm_120, and below sm_90 of cached
+    codes, which each warp expands for itself. Masked tiles wait for their keys, which costs fewer
+    registers than to prefetch them; but on sm_90 ptxas then puts a wait behind every wgmma of the
+    kernel (its note C7515), as it does with three stages, but not with two. Few rows get a tile of
+    their size: memory is what they wait for. float32 has no tensor cores: each product is an instruction of its
     own, by the thousand in larger tiles, which spill and take minutes to compile.
     """
     block_d = max(triton.next_power_of_2(head_dim), 16)
@@ -214,7 +214,7 @@ def tile_config(
         block_m, block_n, stages = 16, 16, 1
     elif block_d > 128:
         block_m, block_n = min(block_m, 64), 32
-    elif quantised and not wgmma:
+    elif quantised and not wgmma or arch[0] == 12:
         block_m, block_n = min(block_m, 64), 64
     block_m = max(block_m, triton.next_power_of_2(group))
     limit = SHARED_KB.get(arch, 99) * 1024
@@ -226,8 +226,8 @@ def tile_config(
             block_n //= 2
         else:
             block_m //= 2
-    small = block_m * block_d <= 64 * 128 and dtype != torch.float32 and not quantised
-    small = small and (wgmma or block_m <= 64)
+    few_sums = block_m * block_d <= (32 if arch[0] == 12 else 64) * 128
+    small = few_sums and dtype != torch.float32 and not quantised and (wgmma or block_m <= 64)
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,

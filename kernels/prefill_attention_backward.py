@@ -356,7 +356,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
                 "kernel": kernel,
                 "signature": signature,
                 "constexprs": constants,
-                "due": ("wgmma" if wide else "mma", "cp_async"),
+                "due": ("wgmma" if wide else "mma", *("cp_async",) * (constants["num_stages"] > 1)),
                 "work": {
                     "16384 tokens, window 4096": work(16384, 4096, 32, 8, 128, keys_stay=keys_stay)
                 }
