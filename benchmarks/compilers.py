@@ -97,11 +97,11 @@ def _run_triton(case: dict, arch: str) -> tuple[str, CompiledKernel]:
     types = {name: case["signature"].get(name, "constexpr") for name in names}
     constants = {name: config.get(name) for name in names if types[name] == "constexpr"}
     # Models call with sizes, strides and addresses that are multiples of 16, and so Triton
-    # compiles for that.
+    # compiles for that, unless the kernel says that it is not to look.
     aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if types[name][0] in "*i"
+        (param.num,): [["tt.divisibility", 16]]
+        for param in kernel.params
+        if types[param.name][0] in "*i" and not param.do_not_specialize
     }
     major, minor = capability(arch)
     target = GPUTarget("cuda", major * 10 + minor, 32)

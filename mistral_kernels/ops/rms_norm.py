@@ -131,23 +131,6 @@ def _rms_norm_backward_triton(grads, x, weight, eps) -> tuple[Tensor, ...]:
     return _add_rms_norm_backward_triton(grads, x, None, weight, eps)
 
 
-def _too_wide(facts: dict[str, int], largest: int) -> str | None:
-    hidden = facts.get("hidden", 0)
-    return None if hidden <= largest else f"it takes hidden up to {largest}, got {hidden}"
-
-
-def _triton_refuses(facts: dict[str, int]) -> str | None:
-    from mistral_kernels.kernels.rms_norm import MAX_HIDDEN
-
-    return _too_wide(facts, MAX_HIDDEN)
-
-
-def _backward_triton_refuses(facts: dict[str, int]) -> str | None:
-    from mistral_kernels.kernels.rms_norm_backward import MAX_HIDDEN
-
-    return _too_wide(facts, MAX_HIDDEN)
-
-
 _rms_norm = define(
     "rms_norm",
     "Tensor x, Tensor weight, float eps",
@@ -156,17 +139,11 @@ _rms_norm = define(
     cells={
         "reference": rms_norm_reference,
         "cpu": Cell(lambda x, weight, eps: _rms_norm_cpu(x, None, weight, eps)),
-        "triton": Cell(
-            lambda x, weight, eps: _rms_norm_triton(x, None, weight, eps), refuses=_triton_refuses
-        ),
+        "triton": Cell(lambda x, weight, eps: _rms_norm_triton(x, None, weight, eps)),
         "cuda": Cell(lambda x, weight, eps: _rms_norm_cuda(x, None, weight, eps)),
     },
-    facts=lambda x, weight, eps: (("hidden", x.shape[-1]),),
     differentiable=("x", "weight"),
-    backward={
-        "reference": rms_norm_backward,
-        "triton": Cell(_rms_norm_backward_triton, refuses=_backward_triton_refuses),
-    },
+    backward={"reference": rms_norm_backward, "triton": Cell(_rms_norm_backward_triton)},
 )
 
 _add_rms_norm = define(
@@ -177,15 +154,11 @@ _add_rms_norm = define(
     cells={
         "reference": add_rms_norm_reference,
         "cpu": Cell(_rms_norm_cpu),
-        "triton": Cell(_rms_norm_triton, refuses=_triton_refuses),
+        "triton": Cell(_rms_norm_triton),
         "cuda": Cell(_rms_norm_cuda),
     },
-    facts=lambda x, residual, weight, eps: (("hidden", x.shape[-1]),),
     differentiable=("x", "residual", "weight"),
-    backward={
-        "reference": add_rms_norm_backward,
-        "triton": Cell(_add_rms_norm_backward_triton, refuses=_backward_triton_refuses),
-    },
+    backward={"reference": add_rms_norm_backward, "triton": Cell(_add_rms_norm_backward_triton)},
 )
 
 
