@@ -204,7 +204,7 @@ def tile_config(
     registers than to prefetch them; but on sm_90 ptxas then puts a wait behind every wgmma of the
     kernel (its note C7515), as it does with three stages, but not with two. Few rows get a tile of
     their size: memory is what they wait for. float32 has no tensor cores: each product is an
-    instruction of its own, by the thousand in larger tiles, which spill and take minutes to compile.
+    instruction of its own, by the thousand in larger tiles, which spill and compile for minutes.
     """
     block_d = max(triton.next_power_of_2(head_dim), 16)
     block_m = min(max(triton.next_power_of_2(rows), 16), 128)

@@ -8,8 +8,8 @@ With value the normed row, inverse = rsqrt(mean(value^2) + eps) and d = grad * w
 A token moves 3 * hidden * itemsize bytes (x and grad in, d_x out), 6 with a residual, for about 12
 operations an element: bound by memory. Predicted for 4096 tokens of hidden 4096 in bf16, 101 MB
 and 201 MB, and 8 MB of partial sums, at the data sheets' bandwidth: A100 (2.0 TB/s) 54 and 105 us,
-H100 (3.35) 33 and 62 us, H200 (4.8) 23 and 44 us. A row that does not fit into registers has several
-programs, each of which reads all of it, from L2 but once, for the two sums.
+H100 (3.35) 33 and 62 us, H200 (4.8) 23 and 44 us. A row that does not fit into registers has
+several programs, each of which reads all of it, from L2 but once, for the two sums.
 """
 
 import torch

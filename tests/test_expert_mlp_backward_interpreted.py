@@ -124,6 +124,29 @@ def gradients_of_sum(call):
     return dict(zip(call, torch.autograd.grad(out.sum(), inputs), strict=False))
 
 
+def recorded(launched, step, *how, **also):
+    launched.append(step.__name__)
+    step(*how, **also)
+
+
+@SMALL
+def test_frozen_experts_have_no_gradients_to_work_out(monkeypatch):
+    from mistral_kernels.kernels import expert_mlp_backward as backward
+
+    launched = []
+    steps = ("expert_matrix_backward", "expert_rows_backward", "expert_combine")
+    for step in steps:
+        run = functools.partial(recorded, launched, getattr(backward, step))
+        monkeypatch.setattr(backward, step, run)
+    call = make_call(5, 17, 9, 3, 2)
+    counts = {"x": (0, 2, 1), "w13": (1, 1, 0), "w2": (1, 1, 0), "weights": (0, 1, 0)}
+    for name, expected in counts.items():
+        launched.clear()
+        ours(**{**call, name: call[name].requires_grad_()}).sum().backward()
+        assert tuple(map(launched.count, steps)) == expected, name
+        call[name].requires_grad_(False)
+
+
 @SMALL
 def test_nan_rows_of_skipped_tokens_are_not_read():
     call = make_call(5, 16, 8, 3, 2)

@@ -34,18 +34,18 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
     return rms_norm_reference(summed, weight, eps), summed
 
 
-def rms_norm_backward(grads: list[Tensor], x: Tensor, weight: Tensor, eps: float):
+def rms_norm_backward(grads: list[Tensor], needs: list[bool], x: Tensor, weight: Tensor, eps):
     value = x.to(compute_dtype(x.dtype))
     grad = grads[0].to(value.dtype)
     inverse = torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
     normed = value * inverse
     d_normed = grad * weight.to(value.dtype)
     d_x = inverse * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
-    return d_x, _as_rows(grad * normed).sum(0)
+    return d_x, _as_rows(grad * normed).sum(0) if needs[-1] else None
 
 
-def add_rms_norm_backward(grads: list[Tensor], x: Tensor, residual: Tensor, weight, eps):
-    d_summed, d_weight = rms_norm_backward(grads[:1], x + residual, weight, eps)
+def add_rms_norm_backward(grads: list[Tensor], needs, x: Tensor, residual: Tensor, weight, eps):
+    d_summed, d_weight = rms_norm_backward(grads[:1], needs, x + residual, weight, eps)
     d_summed = d_summed + grads[1]
     return d_summed, d_summed.clone(), d_weight
 
@@ -107,10 +107,10 @@ def _rms_norm_triton(x, residual, weight, eps):
     return normed if summed is None else (normed, summed)
 
 
-def _add_rms_norm_backward_triton(grads, x, residual, weight, eps) -> tuple[Tensor, ...]:
+def _add_rms_norm_backward_triton(grads, needs, x, residual, weight, eps):
     from mistral_kernels.kernels import rms_norm_backward as kernel
 
-    d_x, d_weight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+    d_x, d_weight = x.new_empty(x.shape), weight.new_empty(weight.shape) if needs[-1] else None
     d_residual = None if residual is None else x.new_empty(x.shape)
     grads = [_as_rows(grad.contiguous()) for grad in grads]  # autograd may hand over any strides
     kernel.rms_norm_backward(
@@ -127,8 +127,8 @@ def _add_rms_norm_backward_triton(grads, x, residual, weight, eps) -> tuple[Tens
     return (d_x, d_weight) if d_residual is None else (d_x, d_residual, d_weight)
 
 
-def _rms_norm_backward_triton(grads, x, weight, eps) -> tuple[Tensor, ...]:
-    return _add_rms_norm_backward_triton(grads, x, None, weight, eps)
+def _rms_norm_backward_triton(grads, needs, x, weight, eps):
+    return _add_rms_norm_backward_triton(grads, needs, x, None, weight, eps)
 
 
 _rms_norm = define(
