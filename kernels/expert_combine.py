@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # a batch of one must not compile it anew
 def expert_combine_kernel(
     slots_ptr,  # (rows, hidden) fp32: by place, or without a plan (splits, experts, tokens) rows
     weights_ptr,  # (tokens, top_k) fp32; None: all are 1

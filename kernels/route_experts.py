@@ -47,7 +47,7 @@ def _choose(
     return slot, tl.where(slot >= 0, weight, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # a batch of one must not compile it anew
 def route_experts_kernel(
     logits_ptr,  # (tokens, experts), last dimension contiguous
     positions_ptr,  # (tokens,) i32, negative for an idle token; None: all are live
@@ -81,7 +81,7 @@ def route_experts_kernel(
         tl.store(weights_ptr + offs_out, tl.where(idle, 0.0, slot_weight), mask=mask_token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def route_experts_backward_kernel(
     grad_ptr,  # (tokens, TOP_K) fp32, contiguous: of the weights
     logits_ptr,  # (tokens, experts), last dimension contiguous

@@ -35,7 +35,7 @@ def _rounded(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # another batch must not compile it anew
 def store_kv_kernel(
     k_ptr,  # (tokens, kv_heads, head_dim), last dimension contiguous
     v_ptr,  # like k
