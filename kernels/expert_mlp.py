@@ -30,6 +30,7 @@ from mistral_kernels.kernels.expert_tiles import (
 )
 from mistral_kernels.kernels.expert_up import expert_up
 from mistral_kernels.kernels.matrix_product import products
+from mistral_kernels.kernels.processor import processor
 
 BUSY_PROGRAMS = 512  # four for each of 132 multiprocessors
 
@@ -163,8 +164,7 @@ def expert_mlp(
     if tokens == 0 or w2.numel() == 0:
         out.zero_()  # without experts every slot is skipped
         return
-    # The interpreter runs CPU tensors and takes any configuration.
-    arch = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    arch, _ = processor(x.device)
     config = tile_config(tokens, top_k, experts, x.dtype, arch, batch_invariant)
     few = tokens <= FEW_TOKENS and not batch_invariant
     k_split = ffn_dim

@@ -33,6 +33,7 @@ from mistral_kernels.kernels.expert_plan import expert_plan
 from mistral_kernels.kernels.expert_rows_backward import expert_rows_backward
 from mistral_kernels.kernels.expert_tiles import tiles_for
 from mistral_kernels.kernels.expert_up import expert_up
+from mistral_kernels.kernels.processor import processor
 
 
 @triton.jit
@@ -145,8 +146,7 @@ def expert_mlp_backward(
             if gradient is not None:
                 gradient.zero_()
         return
-    # The interpreter runs CPU tensors and takes any configuration.
-    arch = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    arch, _ = processor(x.device)
     rows = 64 if batch_invariant else 2 * tokens * top_k // experts  # as the forward's
     tiles, swiglu = tiles_for(rows, x.dtype, arch), tile_config(ffn_dim)
     # Slices end where a step of d_weights does, and with it one of d_x.

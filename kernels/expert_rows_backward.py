@@ -20,6 +20,7 @@ from mistral_kernels.kernels.expert_tiles import (
     tiles_for,
 )
 from mistral_kernels.kernels.matrix_product import add_products
+from mistral_kernels.kernels.processor import processor
 
 
 @triton.jit
@@ -121,8 +122,7 @@ def expert_rows_backward(
         add: the sum over columns goes on from what `out` holds.
     """
     (_, size_k), (_, size_n), experts = a.shape, out.shape, len(b)
-    # The interpreter runs CPU tensors and takes any configuration.
-    arch = torch.cuda.get_device_capability(a.device) if a.is_cuda else (8, 0)
+    arch, _ = processor(a.device)
     config = tile_config(rows, add, a.dtype, arch)
     even = size_k % config["BLOCK_K"] == 0 and size_n % config["BLOCK_N"] == 0
     expert_rows_backward_kernel[(programs(a, config),)](

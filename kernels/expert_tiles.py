@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 
 from mistral_kernels.kernels.expert_plan import load_ids
-from mistral_kernels.kernels.matrix_product import SHARED_BYTES, tile_place
+from mistral_kernels.kernels.matrix_product import tile_place
+from mistral_kernels.kernels.processor import processor, shared_bytes
 
 FEW_TOKENS = 32  # up to here a program multiplies its expert with all tokens, and nothing is sorted
 
@@ -167,7 +168,7 @@ def stage_bytes(config: dict[str, int], dtype: torch.dtype) -> int:
 
 def fitting(stages: int, config: dict[str, int], dtype: torch.dtype, arch: tuple[int, int]) -> int:
     """As many of the stages as shared memory has room for."""
-    return min(stages, SHARED_BYTES.get(arch, 99 << 10) // stage_bytes(config, dtype))
+    return min(stages, shared_bytes(arch) // stage_bytes(config, dtype))
 
 
 def used_experts(tokens: int, top_k: int, experts: int) -> float:
@@ -179,9 +180,8 @@ def programs(x: torch.Tensor, config: dict[str, int]) -> int:
     """How many programs run on x's device at a time: what registers and shared memory allow."""
     if not x.is_cuda:
         return 2  # the interpreter runs them in turn
-    device = torch.cuda.get_device_properties(x.device)
-    shared = SHARED_BYTES.get((device.major, device.minor), 99 << 10)
+    arch, multiprocessors = processor(x.device)
     # mma does with a buffer less than there are stages. One program too many only waits.
-    by_shared = shared // ((config["num_stages"] - 1) * stage_bytes(config, x.dtype))
+    by_shared = shared_bytes(arch) // ((config["num_stages"] - 1) * stage_bytes(config, x.dtype))
     # A thread may hold 255 of a multiprocessor's 65,536 registers.
-    return device.multi_processor_count * max(min(by_shared, 8 // config["num_warps"]), 1)
+    return multiprocessors * max(min(by_shared, 8 // config["num_warps"]), 1)

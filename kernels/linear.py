@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mistral_kernels.kernels.matrix_product import SHARED_BYTES, products, tile_place
+from mistral_kernels.kernels.matrix_product import products, tile_place
+from mistral_kernels.kernels.processor import processor, shared_bytes
 
 
 @triton.jit(do_not_specialize=["rows"])  # a batch of one must not compile it anew
@@ -80,7 +81,7 @@ def tile_config(
     else:
         # mma keeps its operands in registers, too: with 64 it would spill.
         block_n, block_k, num_warps = 256, 64 if arch[0] in (9, 10) else 32, 8
-    shared = SHARED_BYTES.get(arch, 99 << 10) // (1 if block_n == 256 else 2)
+    shared = shared_bytes(arch) // (1 if block_n == 256 else 2)
     stage_bytes = (block_m + block_n) * block_k * dtype.itemsize
     # Longer pipelines of 64 x 64 spill on sm_120.
     most_stages = 2 if arch[0] == 12 and block_m == block_n == 64 else 6
@@ -112,8 +113,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, batch_invar
     (rows, in_dim), out_dim = x.shape, weight.shape[0]
     if out.numel() == 0:
         return
-    # The interpreter runs CPU tensors and takes any configuration.
-    arch = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    arch, _ = processor(x.device)
     config = tile_config(rows, x.dtype, arch, batch_invariant)
     tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(out_dim, config["BLOCK_N"])
     with torch.cuda.device_of(x):  # Triton launches on the current device

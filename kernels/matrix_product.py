@@ -3,10 +3,6 @@
 import triton
 import triton.language as tl
 
-# Bytes of shared memory that a block can have; 99 KB where a GPU is not listed.
-SHARED_BYTES = dict.fromkeys([(8, 0), (8, 7)], 163 << 10)
-SHARED_BYTES |= dict.fromkeys([(9, 0), (10, 0), (10, 3)], 227 << 10)
-
 
 @triton.jit
 def products(

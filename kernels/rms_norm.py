@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mistral_kernels.kernels.processor import processor
+
 WHOLE_ROW = 16384  # longest that fits into registers: 32 fp32 values a thread at 16 warps
 PIECE = 4096  # of a longer row; not measured
 
@@ -101,8 +103,7 @@ def rms_norm(
     tokens, hidden = x.shape
     if tokens == 0:
         return
-    # The interpreter runs CPU tensors and takes any configuration.
-    arch = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    arch, _ = processor(x.device)
     config = tile_config(hidden, x.dtype, arch)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         rms_norm_kernel[(tokens,)](

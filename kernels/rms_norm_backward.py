@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mistral_kernels.kernels.processor import processor
 from mistral_kernels.kernels.rms_norm import rounded_sum
 
 WHOLE_ROW = 8192  # value, grad, weight and d_weight of a row fit into registers
@@ -179,8 +180,7 @@ def rms_norm_backward(
     rows = triton.cdiv(tokens, MAX_PARTS)
     parts = triton.cdiv(tokens, rows)
     partial = None if d_weight is None else x.new_empty((parts, hidden), dtype=torch.float32)
-    # The interpreter runs CPU tensors and takes any configuration.
-    arch = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    arch, _ = processor(x.device)
     config = tile_config(hidden, residual is not None, x.dtype, arch)
     pieces = triton.cdiv(hidden, config["BLOCK_HIDDEN"])
     stride_residual = residual.stride(0) if residual is not None else 0

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mistral_kernels.kernels.processor import processor
+
 
 @triton.jit
 def _rotate_heads(
@@ -171,7 +173,7 @@ def rope(
         inverse: turn by the opposite angle, as a gradient does.
     """
     (tokens, q_heads, head_dim), kv_heads = q.shape, k.shape[1]
-    arch = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
+    arch, _ = processor(q.device)
     config = tile_config(q_heads, kv_heads, head_dim, q.dtype, arch)
     blocks = sum(triton.cdiv(heads, config["BLOCK_HEADS"]) for heads in (q_heads, kv_heads))
     if tokens * blocks * head_dim == 0:

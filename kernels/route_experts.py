@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mistral_kernels.kernels.processor import processor
+
 MAX_EXPERTS = 4096  # a token's keys live in registers: 8 of 64 bits a thread at 16 warps
 
 
@@ -141,8 +143,7 @@ def _launch(kernel, logits: torch.Tensor, top_k: int, *arguments: torch.Tensor |
     tokens, experts = logits.shape
     if tokens == 0:
         return
-    # The interpreter runs CPU tensors and takes any configuration.
-    arch = torch.cuda.get_device_capability(logits.device) if logits.is_cuda else (8, 0)
+    arch, _ = processor(logits.device)
     config = tile_config(experts, top_k, logits.dtype, arch)
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         kernel[(triton.cdiv(tokens, config["BLOCK_TOKENS"]),)](

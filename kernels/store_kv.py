@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from mistral_kernels.kernels.cache_elements import as_stored
+from mistral_kernels.kernels.processor import processor
 
 
 @triton.jit
@@ -146,8 +147,7 @@ def store_kv(
         return
     if k_cache.dtype == torch.float8_e4m3fn:  # Triton has no such type for sm_80
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    # The interpreter runs CPU tensors and takes any configuration.
-    arch = torch.cuda.get_device_capability(k.device) if k.is_cuda else (8, 0)
+    arch, _ = processor(k.device)
     config = tile_config(kv_heads, head_dim, k.dtype, arch)
     scale_steps = [int(s is not None and s.numel() > 1) for s in (k_scale, v_scale)]
     with torch.cuda.device_of(k):  # Triton launches on the current device

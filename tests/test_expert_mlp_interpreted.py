@@ -123,7 +123,7 @@ def test_without_experts_every_slot_is_skipped():
 @pytest.mark.parametrize("arch", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
 def test_tile_config_fits_and_knows_no_batch_if_invariant(arch, dtype):
     from mistral_kernels.kernels import expert_mlp as kernel
-    from mistral_kernels.kernels import matrix_product
+    from mistral_kernels.kernels.processor import shared_bytes
 
     fixed = kernel.tile_config(1, 2, 8, dtype, arch, True)
     for tokens in (1, 32, 33, 100, 200, 4096, 10**6):
@@ -132,7 +132,7 @@ def test_tile_config_fits_and_knows_no_batch_if_invariant(arch, dtype):
         assert config["BLOCK_M"] >= tokens or tokens > kernel.FEW_TOKENS
         stage = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"] * dtype.itemsize
         assert config["num_stages"] >= 2
-        assert config["num_stages"] * stage <= matrix_product.SHARED_BYTES.get(arch, 99 << 10)
+        assert config["num_stages"] * stage <= shared_bytes(arch)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +148,7 @@ def test_tile_config_fits_and_knows_no_batch_if_invariant(arch, dtype):
 def test_as_many_programs_as_run_at_a_time(capability, rows, dtype, each, monkeypatch):
     from mistral_kernels.kernels import expert_tiles
 
-    major, minor = capability
-    gpu = SimpleNamespace(major=major, minor=minor, multi_processor_count=100)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(expert_tiles, "processor", lambda device: (capability, 100))
     x = SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype)
     tiles = expert_tiles.tiles_for(rows, dtype, capability)
     assert expert_tiles.programs(x, tiles) == 100 * each

@@ -27,6 +27,7 @@ SHARED_KERNELS = {
     "expert_up",
     "key_splits",
     "matrix_product",
+    "processor",
 }
 CODE = ("cpp", "cu", "cuh", "h")
 LIBRARY = ("kernels", "mistral_kernels/ops", "mistral_kernels/model")
