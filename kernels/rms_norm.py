@@ -11,19 +11,10 @@ import triton
 import triton.language as tl
 
 from mistral_kernels.kernels.processor import processor
+from mistral_kernels.kernels.rounded_sum import rounded_sum
 
 WHOLE_ROW = 16384  # longest that fits into registers: 32 fp32 values a thread at 16 warps
 PIECE = 4096  # of a longer row; not measured
-
-
-@triton.jit
-def rounded_sum(x_row, residual_row, offs, mask):
-    """What is normed, in fp32: x, or its sum with the residual as that is stored, rounded."""
-    value = tl.load(x_row + offs, mask=mask, other=0.0)
-    if residual_row is not None:
-        addend = tl.load(residual_row + offs, mask=mask, other=0.0)
-        value = (value.to(tl.float32) + addend.to(tl.float32)).to(value.dtype)
-    return value.to(tl.float32)
 
 
 @triton.jit

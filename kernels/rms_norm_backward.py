@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from mistral_kernels.kernels.processor import processor
-from mistral_kernels.kernels.rms_norm import rounded_sum
+from mistral_kernels.kernels.rounded_sum import rounded_sum
 
 WHOLE_ROW = 8192  # value, grad, weight and d_weight of a row fit into registers
 PIECE = 4096  # of a longer row; not measured

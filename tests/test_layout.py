@@ -28,6 +28,7 @@ SHARED_KERNELS = {
     "key_splits",
     "matrix_product",
     "processor",
+    "rounded_sum",
 }
 CODE = ("cpp", "cu", "cuh", "h")
 LIBRARY = ("kernels", "mistral_kernels/ops", "mistral_kernels/model")
