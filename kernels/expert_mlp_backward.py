@@ -31,9 +31,8 @@ from mistral_kernels.kernels.expert_combine import expert_combine
 from mistral_kernels.kernels.expert_matrix_backward import expert_matrix_backward
 from mistral_kernels.kernels.expert_plan import expert_plan
 from mistral_kernels.kernels.expert_rows_backward import expert_rows_backward
-from mistral_kernels.kernels.expert_tiles import tiles_for
+from mistral_kernels.kernels.expert_tiles import expert_rows
 from mistral_kernels.kernels.expert_up import expert_up
-from mistral_kernels.kernels.processor import processor
 
 
 @triton.jit
@@ -146,9 +145,7 @@ def expert_mlp_backward(
             if gradient is not None:
                 gradient.zero_()
         return
-    arch, _ = processor(x.device)
-    rows = 64 if batch_invariant else 2 * tokens * top_k // experts  # as the forward's
-    tiles, swiglu = tiles_for(rows, x.dtype, arch), tile_config(ffn_dim)
+    rows, swiglu = expert_rows(tokens, top_k, experts, batch_invariant), tile_config(ffn_dim)
     # Slices end where a step of d_weights does, and with it one of d_x.
     pairs, step = tokens * top_k, swiglu["BLOCK"]
     width = slice_columns(pairs * (2 * x.itemsize + 4), ffn_dim, step, workspace_bytes)
@@ -171,7 +168,7 @@ def expert_mlp_backward(
             d_inner = inner_memory[: pairs * columns].view(pairs, -1)
             inner = d_inner.view(x.dtype)[:, :columns]
             own_w13, own_w2 = w13[:, :, part], w2[:, :, part]
-            expert_up(x, own_w13, expert_ids, starts, order, gate_up, tiles, gate_up=True)
+            expert_up(x, own_w13, expert_ids, starts, order, gate_up, rows, gate_up=True)
             expert_rows_backward(grad, own_w2, starts, order, d_inner, top_k, rows, add=False)
             _swiglu_backward(gate_up, d_inner, inner, weights, starts, order, d_weights, swiglu)
             if d_w2 is not None:

@@ -53,9 +53,8 @@ def check_float32(
 
     Those of some inputs alone must be the same: what nobody asks for may not be worked out.
     """
-    check_dtype(ours, plain, inputs, torch.float32)
     names = list(inputs)
-    all_of_them = dict(zip(names, gradients(ours, inputs, torch.float32), strict=True))
+    all_of_them = check_dtype(ours, plain, inputs, torch.float32)
     for some in (names[::2], names[1::2]) if len(names) > 1 else ():
         found = gradients(ours, inputs, torch.float32, needed=some)
         for name, gradient in zip(some, found, strict=True):
@@ -67,13 +66,17 @@ def check_dtype(
     plain: Callable[..., Tensor],
     inputs: dict[str, Tensor],
     dtype: torch.dtype,
-) -> None:
-    """Assert that gradients in `dtype` are about as near to float64 as those of plain autograd."""
+) -> dict[str, Tensor]:
+    """Assert that gradients in `dtype` are about as near to float64 as those of plain autograd.
+
+    Return the gradients by name.
+    """
     found = gradients(ours, inputs, dtype, dtype)
     peers = gradients(plain, inputs, dtype, dtype)
     exact = gradients(plain, inputs, torch.float64, dtype)
     for name, got, peer, right in zip(inputs, found, peers, exact, strict=True):
         assert_close(got, peer, right, f"gradient of {name}")
+    return dict(zip(inputs, found, strict=True))
 
 
 def check_compiled(function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> None:

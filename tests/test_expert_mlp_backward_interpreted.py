@@ -28,8 +28,9 @@ def small_tiles(monkeypatch):
     from mistral_kernels.kernels import expert_matrix_backward as matrix
     from mistral_kernels.kernels import expert_mlp_backward as backward
     from mistral_kernels.kernels import expert_rows_backward as rows
+    from mistral_kernels.kernels import expert_up as up
 
-    monkeypatch.setattr(backward, "tiles_for", lambda *_: TILES)
+    monkeypatch.setattr(up, "tile_config", lambda *_: TILES)
     monkeypatch.setattr(backward, "tile_config", lambda _: {"BLOCK": 8, "num_warps": 1})
     monkeypatch.setattr(rows, "tile_config", lambda *_: TILES)
     steps = {**TILES, "BLOCK_M": 32, "BLOCK_K": 4}

@@ -20,6 +20,7 @@ SHARED_KERNELS = {
     "attention_tiles",
     "cache_elements",
     "expert_combine",
+    "expert_down",
     "expert_matrix_backward",
     "expert_plan",
     "expert_rows_backward",
