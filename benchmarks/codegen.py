@@ -29,16 +29,17 @@ from benchmarks.machine_code import ARCHS, INSTRUCTIONS, Row
 from benchmarks.roofline import GPUS, Prediction, cuda_predictions, triton_predictions
 
 WIDTH = 190
-Job = tuple[str, str, list[str]]  # file, arch, kernels; a .cu file is compiled whole
+Job = tuple[str, str, list[str], bool]  # file, arch, kernels, only headline shapes; .cu: all of it
 
 
 def compile_file(job: Job) -> list[Row]:
     """The rows of a job; runs in a process of its own, to which no kernel can be sent."""
-    file, arch, kernels = job
+    file, arch, kernels, headline = job
     if file.endswith(".cu"):
         return compilers.compile_cuda(compilers.find_nvcc(), Path(file), arch)
     cases = compilers.triton_module(file).codegen_cases(compilers.capability(arch))
-    return compilers.compile_triton([c for c in cases if c["kernel"].__name__ in kernels], arch)
+    cases = [case for case in cases if case["kernel"].__name__ in kernels]
+    return compilers.compile_triton([c for c in cases if c.get("work") or not headline], arch)
 
 
 def compile_all(jobs: list[Job]) -> list[Row]:
@@ -92,13 +93,14 @@ def as_json(rows: list[Row], predictions: list[Prediction]) -> str:
 
 
 def find_jobs(
-    archs: list[str], only: list[str]
+    archs: list[str], only: list[str], headline: list[str]
 ) -> tuple[list[Job], set[tuple[str, str]], list[Prediction]]:
     """What to compile, (language, kernel) that must come of it, and what is predicted of them.
 
     Args:
         archs: those of ARCHS to compile for.
         only: names of kernels, or of files without their ending; empty: all there are.
+        headline: those of ARCHS to compile Triton's headline shapes for, and nothing else.
     """
     jobs, declared, predictions = [], set(), []
     for stem, module in compilers.triton_modules().items():
@@ -106,7 +108,8 @@ def find_jobs(
         wanted = kernels if not only or stem in only else kernels & set(only)
         declared |= {("Triton", kernel) for kernel in wanted}
         predictions += [row for row in triton_predictions(module) if row.kernel in wanted]
-        jobs += [(stem, arch, sorted(wanted)) for arch in archs if wanted]
+        for arch in (*archs, *headline) if wanted else ():
+            jobs.append((stem, arch, sorted(wanted), arch in headline))
     nvcc = compilers.find_nvcc()
     for path in compilers.cuda_files() if nvcc else []:
         kernels = compilers.cuda_kernels(path)
@@ -114,7 +117,7 @@ def find_jobs(
             declared |= {("CUDA", kernel) for kernel in kernels}
             predictions += cuda_predictions(path)
             known = compilers.nvcc_archs(nvcc)
-            jobs += [(str(path), arch, []) for arch in archs if arch in known]
+            jobs += [(str(path), arch, [], False) for arch in archs if arch in known]
     return jobs, declared, predictions
 
 
@@ -122,11 +125,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("benchmarks.codegen", description=__doc__.split("\n")[0])
     parser.add_argument("--archs", nargs="+", choices=ARCHS, default=list(ARCHS), metavar="ARCH")
     parser.add_argument(
+        "--headline", nargs="+", choices=ARCHS, default=[], metavar="ARCH",
+        help="compile Triton's headline shapes for these, too",
+    )  # fmt: skip
+    parser.add_argument(
         "--kernel", nargs="+", default=[], help="names of kernels or of their files"
     )
     parser.add_argument("--json", type=Path, help="write the tables to this file, too")
     options = parser.parse_args(argv)
-    jobs, declared, predictions = find_jobs(options.archs, options.kernel)
+    jobs, declared, predictions = find_jobs(options.archs, options.kernel, options.headline)
     if not declared:
         parser.error(f"--kernel: no kernel and no file is named {' or '.join(options.kernel)}")
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from mistral_kernels.kernels.expert_tiles import (
     FEW_TOKENS,
     programs,
+    result_rows,
     tile_rows,
     tiles_for,
     tiles_of_program,
@@ -103,7 +104,7 @@ def work(
 ) -> tuple[int, int]:
     """Bytes that a call moves, and its operations."""
     weights = used_experts(tokens, top_k, experts) * hidden * ffn_dim * itemsize
-    rows = tokens * top_k * (ffn_dim * itemsize + 4 * splits * hidden)
+    rows = result_rows(tokens, top_k, experts) * (ffn_dim * itemsize + 4 * splits * hidden)
     return round(weights + rows), 2 * tokens * top_k * hidden * ffn_dim
 
 

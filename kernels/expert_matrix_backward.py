@@ -154,6 +154,9 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
             if name == "bf16"
             else {},
         }
-        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32"))
-        for of_w2, what in ((True, "w2"), (False, "w13"))
+        for dtype, name, of_w2, what in (
+            (torch.bfloat16, "bf16", True, "w2"),
+            (torch.bfloat16, "bf16", False, "w13"),
+            (torch.float32, "fp32", False, "w13"),
+        )
     ]

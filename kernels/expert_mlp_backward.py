@@ -193,7 +193,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
             "kernel": kernel,
             "signature": types | dict.fromkeys(("gate_up_ptr", "inner_ptr"), f"*{name}"),
             "constexprs": tile_config(14336),
-            "due": (),
+            "due": ("load_16", "store_16"),
             "work": {"4096 tokens of 8x7B": work(8192, 14336)} if name == "bf16" else {},
         }
         for name in ("bf16", "fp32")

@@ -152,14 +152,14 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
     kernel = expert_rows_backward_kernel
     numbers = [name for name in kernel.arg_names if name.islower()]
     cases = []
-    for rows, dtype, name in (
-        (16, torch.bfloat16, "bf16"),
-        (64, torch.bfloat16, "bf16"),
-        (128, torch.bfloat16, "bf16"),
-        (128, torch.float32, "fp32"),
+    for rows, dtype, name, products in (
+        (16, torch.bfloat16, "bf16", ((True, False), (False, True))),
+        (64, torch.bfloat16, "bf16", ((True, False), (False, True))),
+        (128, torch.bfloat16, "bf16", ((True, False), (False, False), (False, True))),
+        (128, torch.float32, "fp32", ((True, False), (False, True))),
     ):
         due = "wgmma" if rows >= 64 else "mma"
-        for of_w2, add in ((True, False), (False, False), (False, True)):
+        for of_w2, add in products:
             config = tile_config(rows, add, dtype, arch)
             flags = {"OF_W2": of_w2, "ADD": add, "EVEN": True, "EXPERTS": 8}
             types = dict.fromkeys(("a_ptr", "b_ptr"), f"*{name}")

@@ -185,6 +185,12 @@ def used_experts(tokens: int, top_k: int, experts: int) -> float:
     return experts * (1 - (1 - top_k / experts) ** tokens)
 
 
+def result_rows(tokens: int, top_k: int, experts: int) -> float:
+    """Rows that either GEMM writes: one a pair; of few tokens all, for each used expert."""
+    each = used_experts(tokens, top_k, experts) if tokens <= FEW_TOKENS else top_k
+    return tokens * each
+
+
 def programs(x: torch.Tensor, config: dict[str, int]) -> int:
     """How many programs run on x's device at a time: what registers and shared memory allow."""
     if not x.is_cuda:

@@ -12,6 +12,7 @@ import triton.language as tl
 from mistral_kernels.kernels.expert_tiles import (
     FEW_TOKENS,
     programs,
+    result_rows,
     tile_rows,
     tiles_for,
     tiles_of_program,
@@ -157,7 +158,7 @@ def work(
 ) -> tuple[int, int]:
     """Bytes that a call moves, without gate_up, and its operations."""
     weights = 2 * used_experts(tokens, top_k, experts) * hidden * ffn_dim
-    rows = tokens * (hidden + top_k * ffn_dim)
+    rows = tokens * hidden + result_rows(tokens, top_k, experts) * ffn_dim
     return round((weights + rows) * itemsize), 4 * tokens * top_k * hidden * ffn_dim
 
 

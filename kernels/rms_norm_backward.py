@@ -18,6 +18,7 @@ import triton.language as tl
 
 from mistral_kernels.kernels.processor import processor
 from mistral_kernels.kernels.rounded_sum import rounded_sum
+from mistral_kernels.kernels.sum_parts import sum_parts
 
 WHOLE_ROW = 8192  # value, grad, weight and d_weight of a row fit into registers
 PIECE = 4096  # of a longer row; not measured
@@ -97,26 +98,6 @@ def _sums(x_row, residual_row, grad_row, weight_ptr, hidden, BLOCK_HIDDEN: tl.co
     return squares, products
 
 
-@triton.jit(do_not_specialize=["parts"])
-def sum_parts_kernel(
-    partial_ptr,  # (parts, hidden) fp32, contiguous
-    d_weight_ptr,  # (hidden,)
-    parts,  # i32
-    hidden,  # i32
-    BLOCK_PARTS: tl.constexpr,  # power of two
-    BLOCK_COLUMNS: tl.constexpr,  # power of two
-):
-    """Grid (cdiv(hidden, BLOCK_COLUMNS),). A program sums its columns, always in the same order."""
-    offs = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    total = tl.zeros((BLOCK_COLUMNS,), tl.float32)
-    for first in range(0, parts, BLOCK_PARTS):
-        offs_part = first + tl.arange(0, BLOCK_PARTS)
-        mask = (offs_part < parts)[:, None] & (offs < hidden)[None, :]
-        tile = partial_ptr + offs_part[:, None] * hidden + offs[None, :]
-        total += tl.sum(tl.load(tile, mask=mask, other=0.0), axis=0)
-    tl.store(d_weight_ptr + offs, total.to(d_weight_ptr.dtype.element_ty), mask=offs < hidden)
-
-
 def tile_config(
     hidden: int, has_residual: bool, dtype: torch.dtype, arch: tuple[int, int]
 ) -> dict[str, int]:
@@ -140,11 +121,6 @@ def work(tokens: int, hidden: int, has_residual: bool, dtype: torch.dtype) -> tu
     parts = triton.cdiv(tokens, triton.cdiv(tokens, MAX_PARTS))
     rows = (6 if has_residual else 3) * tokens + 1
     return (rows * dtype.itemsize + 4 * parts) * hidden, 12 * tokens * hidden
-
-
-# 16 values of 64 parts a thread; 32 columns are a line of 128 bytes, and hidden 4096 makes 128
-# programs. Not measured.
-SUM_CONFIG = {"BLOCK_PARTS": 64, "BLOCK_COLUMNS": 32, "num_warps": 4}
 
 
 def rms_norm_backward(
@@ -190,25 +166,13 @@ def rms_norm_backward(
             tokens, hidden, rows, x.stride(0), stride_residual, eps, WHOLE=pieces == 1, **config,
         )  # fmt: skip
         if d_weight is not None:
-            sum_parts_kernel[(triton.cdiv(hidden, SUM_CONFIG["BLOCK_COLUMNS"]),)](
-                partial, d_weight, parts, hidden, **SUM_CONFIG
-            )
+            sum_parts(partial, d_weight)
 
 
 def codegen_cases(arch: tuple[int, int]) -> list[dict]:
     """What benchmarks/codegen.py compiles for `arch`: Mistral 7B's hidden size, the longest row
     that registers hold, and a longer one."""
-    cases = [
-        {
-            "case": "fp32 to bf16",
-            "kernel": sum_parts_kernel,
-            "signature": {"partial_ptr": "*fp32", "d_weight_ptr": "*bf16"}
-            | {"parts": "i32", "hidden": "i32"},
-            "constexprs": SUM_CONFIG,
-            "due": ("load_16",),
-            "work": {"256 parts of 4096": ((4 * 256 + 2) * 4096, 256 * 4096)},
-        }
-    ]
+    cases = []
     for name, hidden, has_residual, of_weight in (
         ("bf16", 4096, False, True),
         ("bf16", 4096, True, True),

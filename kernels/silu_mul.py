@@ -129,7 +129,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
             "kernel": kernel,
             "signature": dict.fromkeys(pointers, f"*{name}") | sizes,
             "constexprs": tile_config(14336, dtype, arch),
-            "due": (),
+            "due": ("load_16", "store_16"),
             "work": {"4096 tokens of 14336": work(4096, 14336, "grad_ptr" in pointers, dtype)}
             if name == "bf16"
             else {},

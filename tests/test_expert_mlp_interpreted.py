@@ -139,6 +139,18 @@ def test_tiles_fit_and_know_no_batch_if_invariant(arch, dtype):
         assert config["num_stages"] * stage <= shared_bytes(arch)
 
 
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 2), (32, 256), (33, 66), (4096, 8192)])
+def test_few_tokens_are_worked_by_every_used_expert(tokens, rows):
+    from mistral_kernels.kernels import expert_down, expert_up
+
+    used = 2 if tokens == 1 else 8
+    moved, flops = expert_down.work(tokens, 2, 8, 64, 48, 3, 2)
+    assert moved == pytest.approx(2 * used * 64 * 48 + rows * (2 * 48 + 4 * 3 * 64), rel=1e-3)
+    assert flops == 2 * tokens * 2 * 64 * 48, "those that count"
+    moved, _ = expert_up.work(tokens, 2, 8, 64, 48, 2)
+    assert moved == pytest.approx(2 * (2 * used * 64 * 48 + tokens * 64 + rows * 48), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("capability", "rows", "dtype", "each"),
     [

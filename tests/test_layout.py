@@ -30,6 +30,7 @@ SHARED_KERNELS = {
     "matrix_product",
     "processor",
     "rounded_sum",
+    "sum_parts",
 }
 CODE = ("cpp", "cu", "cuh", "h")
 LIBRARY = ("kernels", "mistral_kernels/ops", "mistral_kernels/model")

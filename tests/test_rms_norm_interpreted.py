@@ -60,11 +60,11 @@ def plain_outputs(x, residual, weight):
 @pytest.fixture
 def few_parts(monkeypatch):
     """Three programs share the rows, and their sums are added two at a time."""
-    from mistral_kernels.kernels import rms_norm_backward as kernel
+    from mistral_kernels.kernels import rms_norm_backward, sum_parts
 
-    monkeypatch.setattr(kernel, "MAX_PARTS", 3)
+    monkeypatch.setattr(rms_norm_backward, "MAX_PARTS", 3)
     sums = {"BLOCK_PARTS": 2, "BLOCK_COLUMNS": 16, "num_warps": 1}
-    monkeypatch.setattr(kernel, "SUM_CONFIG", sums)
+    monkeypatch.setattr(sum_parts, "CONFIG", sums)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
