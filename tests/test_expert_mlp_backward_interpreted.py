@@ -17,7 +17,6 @@ from mistral_kernels.ops import dispatch, expert_mlp
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
 SMALL = pytest.mark.usefixtures("small_tiles")
-DTYPES = pytest.mark.parametrize("dtype", dispatch.KERNEL_DTYPES, ids=str)
 MODULE = sys.modules["mistral_kernels.ops.expert_mlp"]
 TILES = {"BLOCK_M": 4, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP_M": 2, "num_warps": 1, "num_stages": 1}
 
@@ -59,13 +58,13 @@ def gradients_of(call):
 
 
 # Around a tile and a step of rows; several tiles of one expert, more than GROUP_M; all on one.
-ROWS = [[3, 4, 5, 0], [0, 0, 9, 1], [0, 16, 0, 0], [0, 0, 0, 0]]
+ROWS = [(dtype, [3, 4, 5, 0]) for dtype in dispatch.KERNEL_DTYPES]
+ROWS += [(torch.float32, rows) for rows in ([0, 0, 9, 1], [0, 16, 0, 0], [0, 0, 0, 0])]
 
 
 @SMALL
-@DTYPES
-@pytest.mark.parametrize("rows", ROWS, ids=str)
-def test_rows_around_a_tile(rows, dtype):
+@pytest.mark.parametrize(("dtype", "rows"), ROWS, ids=str)
+def test_rows_around_a_tile(dtype, rows):
     call = deal(make_call(10, 18, 17, 4, 2), rows)
     clean = {**call, **{name: call[name].nan_to_num(0) for name in ("w13", "w2")}}
     check(dict(clean), dtype)
@@ -101,8 +100,8 @@ def test_columns_and_k_around_a_tile(dtype, sizes):
 def test_slices_of_ffn_dim_change_no_bit(monkeypatch):
     call = deal(make_call(4, 17, 29, 3, 2), [5, 0, 2])
     whole = gradients_of(call)
-    # A column of gate, up and d_inner takes 8 * 3 * 4 bytes: slices of all, of 8, of 16 columns.
-    for workspace in (2**28, 1, 16 * 96):
+    # A column of gate, up and d_inner takes 8 * 3 * 4 bytes: slices of 8, of 16 columns.
+    for workspace in (1, 16 * 96):
         monkeypatch.setattr(MODULE, "WORKSPACE_BYTES", workspace)
         for name, got in gradients_of(call).items():
             assert_same(got, whole[name], f"{name}, {workspace} bytes")

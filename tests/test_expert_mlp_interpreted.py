@@ -43,24 +43,24 @@ def check_triton(call):
 
 
 # Around a tile of rows; several tiles of one expert, more than GROUP_M; nothing at all.
-ROWS = [[3, 4, 5, 0], [0, 0, 17, 1], [8, 0, 0, 9], [1, 1, 1, 1], [0, 0, 0, 0]]
+ROWS = [(dtype, [3, 4, 5, 0]) for dtype in dispatch.KERNEL_DTYPES]
+ROWS += [(torch.float32, rows) for rows in ([0, 0, 17, 1], [8, 0, 0, 9], [1, 1, 1, 1], [0] * 4)]
 
 
-@DTYPES
-@pytest.mark.parametrize("rows", ROWS, ids=str)
-def test_planned_tiles(rows, dtype, kernel, monkeypatch):
+@pytest.mark.parametrize(("dtype", "rows"), ROWS, ids=str)
+def test_planned_tiles(dtype, rows, kernel, monkeypatch):
     monkeypatch.setattr(kernel, "FEW_TOKENS", 0)
     check_triton(deal(make_call(10, 20, 18, 4, 2, dtype=dtype), rows))
 
 
 # hidden and ffn_dim around a tile of columns (8; 4 for w13) and of k (16).
-SIZES = [(7, 3), (8, 4), (9, 5), (16, 16), (17, 33)]
+SIZES = [(dtype, (17, 33)) for dtype in dispatch.KERNEL_DTYPES]
+SIZES += [(torch.float32, sizes) for sizes in [(7, 3), (8, 4), (9, 5), (16, 16)]]
 
 
-@DTYPES
 @pytest.mark.parametrize("few", [0, 32], ids=["planned", "few"])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_columns_and_k_around_a_tile(sizes, few, dtype, kernel, monkeypatch):
+@pytest.mark.parametrize(("dtype", "sizes"), SIZES, ids=str)
+def test_columns_and_k_around_a_tile(dtype, sizes, few, kernel, monkeypatch):
     monkeypatch.setattr(kernel, "FEW_TOKENS", few)
     call = make_call(3, *sizes, 4, 2, dtype=dtype)
     # Rows that start at any element, with NaN behind their ends.
