@@ -31,7 +31,7 @@ from benchmarks.roofline import GPUS, Prediction, cuda_predictions, triton_predi
 
 WIDTH = 190
 BATCH = 5  # Triton files a job: the listing of each job costs half a second to start
-Job = tuple[list[str], str, list[str], bool]  # files, arch, kernels, only headline shapes
+Job = tuple[list[str], str, list[str], bool]  # files, arch, kernels, only a headline shape of each
 
 
 def compile_files(job: Job) -> list[Row]:
@@ -45,7 +45,9 @@ def compile_files(job: Job) -> list[Row]:
     modules = (compilers.triton_module(file) for file in files)
     cases = [case for m in modules for case in m.codegen_cases(compilers.capability(arch))]
     cases = [case for case in cases if case["kernel"].__name__ in kernels]
-    return compilers.compile_triton([c for c in cases if c.get("work") or not headline], arch)
+    if headline:  # the last of each kernel: of a GEMM, that with the most rows
+        cases = list({case["kernel"]: case for case in cases if case.get("work")}.values())
+    return compilers.compile_triton(cases, arch)
 
 
 def compile_all(jobs: list[Job]) -> list[Row]:
@@ -106,7 +108,7 @@ def find_jobs(
     Args:
         archs: those of ARCHS to compile for.
         only: names of kernels, or of files without their ending; empty: all there are.
-        headline: those of ARCHS to compile Triton's headline shapes for, and nothing else.
+        headline: those of ARCHS to compile one headline shape of each Triton kernel for.
     """
     jobs, declared, predictions, stems = [], set(), [], []
     for stem, module in compilers.triton_modules().items():
@@ -134,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--archs", nargs="+", choices=ARCHS, default=list(ARCHS), metavar="ARCH")
     parser.add_argument(
         "--headline", nargs="+", choices=ARCHS, default=[], metavar="ARCH",
-        help="compile Triton's headline shapes for these, too",
+        help="compile a headline shape of each Triton kernel for these, too",
     )  # fmt: skip
     parser.add_argument(
         "--kernel", nargs="+", default=[], help="names of kernels or of their files"
