@@ -17,6 +17,7 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,21 +30,27 @@ from benchmarks.machine_code import ARCHS, INSTRUCTIONS, Row
 from benchmarks.roofline import GPUS, Prediction, cuda_predictions, triton_predictions
 
 WIDTH = 190
-Job = tuple[str, str, list[str], str]  # file, arch, kernels, one of SCOPES; .cu: all of it
+BATCH = 5  # Triton files a job: the listing of each job costs half a second to start
+Job = tuple[list[str], str, list[str], str]  # files, arch, kernels, one of SCOPES; .cu: all of it
 SCOPES = {
-    "all": lambda case: True,
-    "common": lambda case: not case.get("rare"),
-    "headline": lambda case: bool(case.get("work")),
+    "all": lambda cases: cases,
+    "common": lambda cases: [case for case in cases if not case.get("rare")],
+    # The last of each kernel: of a GEMM, that with the most rows.
+    "headline": lambda cases: {case["kernel"]: case for case in cases if case.get("work")}.values(),
 }
 
 
-def compile_file(job: Job) -> list[Row]:
-    """The rows of a job; runs in a process of its own, to which no kernel can be sent."""
-    file, arch, kernels, scope = job
-    if file.endswith(".cu"):
-        return compilers.compile_cuda(compilers.find_nvcc(), Path(file), arch)
-    cases = compilers.triton_module(file).codegen_cases(compilers.capability(arch))
-    cases = [case for case in cases if case["kernel"].__name__ in kernels and SCOPES[scope](case)]
+def compile_files(job: Job) -> list[Row]:
+    """The rows of a job; runs in a process of its own, to which no kernel can be sent.
+
+    A .cu file is compiled whole, and is the only one of its job.
+    """
+    files, arch, kernels, scope = job
+    if files[0].endswith(".cu"):
+        return compilers.compile_cuda(compilers.find_nvcc(), Path(files[0]), arch)
+    modules = (compilers.triton_module(file) for file in files)
+    cases = [case for m in modules for case in m.codegen_cases(compilers.capability(arch))]
+    cases = list(SCOPES[scope]([case for case in cases if case["kernel"].__name__ in kernels]))
     return compilers.compile_triton(cases, arch)
 
 
@@ -51,7 +58,7 @@ def compile_all(jobs: list[Job]) -> list[Row]:
     """The rows of all jobs, in their order; one process a core."""
     # A forked process would inherit the locks of torch's threads, but not the threads.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        return [row for rows in pool.map(compile_file, jobs) for row in rows]
+        return [row for rows in pool.map(compile_files, jobs) for row in rows]
 
 
 def code_table(rows: list[Row]) -> Table:
@@ -105,17 +112,20 @@ def find_jobs(
     Args:
         archs: those of ARCHS to compile for.
         only: names of kernels, or of files without their ending; empty: all there are.
-        headline: those of ARCHS to compile Triton's headline shapes for, and nothing else.
+        headline: those of ARCHS to compile one headline shape of each Triton kernel for.
         scope: which of Triton's cases to compile for `archs`, one of SCOPES.
     """
-    jobs, declared, predictions = [], set(), []
+    jobs, declared, predictions, stems = [], set(), [], []
     for stem, module in compilers.triton_modules().items():
         kernels = compilers.triton_kernels(module)
         wanted = kernels if not only or stem in only else kernels & set(only)
         declared |= {("Triton", kernel) for kernel in wanted}
         predictions += [row for row in triton_predictions(module) if row.kernel in wanted]
-        for arch in (*archs, *headline) if wanted else ():
-            jobs.append((stem, arch, sorted(wanted), "headline" if arch in headline else scope))
+        stems += [stem] if wanted else []
+    names = sorted(kernel for _, kernel in declared)
+    for first, arch in product(range(0, len(stems), BATCH), (*archs, *headline)):
+        scope_there = "headline" if arch in headline else scope
+        jobs.append((stems[first : first + BATCH], arch, names, scope_there))
     nvcc = compilers.find_nvcc()
     for path in compilers.cuda_files() if nvcc else []:
         kernels = compilers.cuda_kernels(path)
@@ -123,7 +133,7 @@ def find_jobs(
             declared |= {("CUDA", kernel) for kernel in kernels}
             predictions += cuda_predictions(path)
             known = compilers.nvcc_archs(nvcc)
-            jobs += [(str(path), arch, [], scope) for arch in archs if arch in known]
+            jobs += [([str(path)], arch, [], scope) for arch in archs if arch in known]
     return jobs, declared, predictions
 
 
@@ -132,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--archs", nargs="+", choices=ARCHS, default=list(ARCHS), metavar="ARCH")
     parser.add_argument(
         "--headline", nargs="+", choices=ARCHS, default=[], metavar="ARCH",
-        help="compile Triton's headline shapes for these, too",
+        help="compile a headline shape of each Triton kernel for these, too",
     )  # fmt: skip
     parser.add_argument(
         "--kernel", nargs="+", default=[], help="names of kernels or of their files"

@@ -26,6 +26,7 @@ from types import ModuleType
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.errors import TritonError
 
 from benchmarks.machine_code import ARCHS, Compiled, Row, output, read_code
 
@@ -68,9 +69,14 @@ def compile_triton(cases: list[dict], arch: str) -> list[Row]:
     """Compiles some of a kernel file's `codegen_cases` for `arch`."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        made = [_run_triton(case, arch) for case in cases]
-        compiled = []
-        for i, (said, kernel) in enumerate(made):
+        made, compiled = [], []
+        for i, case in enumerate(cases):
+            try:
+                made.append(_run_triton(case, arch))
+            except (TritonError, RuntimeError) as error:
+                error.add_note(f"{case['kernel'].__name__}, {case['case']}, for {arch}")
+                raise
+            said, kernel = made[-1]
             compiled.append(Compiled(said, Path(folder) / f"{i}.cubin"))
             compiled[-1].cubin.write_bytes(kernel.asm["cubin"])
         found = read_code(compiled, arch)
@@ -91,11 +97,11 @@ def _run_triton(case: dict, arch: str) -> tuple[str, CompiledKernel]:
     types = {name: case["signature"].get(name, "constexpr") for name in names}
     constants = {name: config.get(name) for name in names if types[name] == "constexpr"}
     # Models call with sizes, strides and addresses that are multiples of 16, and so Triton
-    # compiles for that.
+    # compiles for that, unless the kernel says that it is not to look.
     aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if types[name][0] in "*i"
+        (param.num,): [["tt.divisibility", 16]]
+        for param in kernel.params
+        if types[param.name][0] in "*i" and not param.do_not_specialize
     }
     major, minor = capability(arch)
     target = GPUTarget("cuda", major * 10 + minor, 32)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 # Files of kernels that are steps of another op.
-STEPS_OF = {"expert_plan": "expert_mlp", "expert_combine": "expert_mlp"}
+STEPS = ("plan", "up", "down", "combine", "rows_backward", "matrix_backward")
+STEPS_OF = {f"expert_{step}": "expert_mlp" for step in STEPS}
 STEPS_OF |= {"attention_combine": "prefill_attention"}
-STEPS_OF |= dict.fromkeys(("expert_rows_backward", "expert_matrix_backward"), "expert_mlp")
 
 
 def bench_module(stem: str) -> ModuleType:

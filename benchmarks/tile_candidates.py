@@ -8,6 +8,7 @@ from typing import Any
 
 # Numbers of a configuration that no size of a tensor prescribes.
 TILES = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_FFN", "BLOCK_HEADS", "BLOCK_TOKENS")
+TILES += ("GROUP_M",)
 STAGES = ("num_stages", "STAGES")
 FREE = (*TILES, "num_warps", *STAGES)
 MAX_WARPS = 16

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # a batch of one must not compile it anew
 def expert_combine_kernel(
     slots_ptr,  # (rows, hidden) fp32: by place, or without a plan (splits, experts, tokens) rows
     weights_ptr,  # (tokens, top_k) fp32; None: all are 1
@@ -103,34 +103,30 @@ def expert_combine(
 
 
 def codegen_cases(arch: tuple[int, int]) -> list[dict]:
-    """What benchmarks/codegen.py compiles for `arch`: 8x7B with a plan, and cut in four."""
-    return [
-        {
-            "case": f"{name}{'' if has_plan else ' few tokens'}",
-            "kernel": expert_combine_kernel,
-            "signature": {
-                "slots_ptr": "*fp32",
-                "weights_ptr": "*fp32",
-                "expert_ids_ptr": "*i32",
-                "places_ptr": "*i32" if has_plan else "constexpr",
-                "out_ptr": f"*{name}",
-                **dict.fromkeys(("tokens", "top_k", "experts", "hidden"), "i32"),
-                "stride_weights_token": "i32",
-                "stride_ids_token": "i32",
-            },
-            "constexprs": {
-                "HAS_PLAN": has_plan,
-                "SPLITS": splits,
-                **tile_config(4096),
-            },
-            "due": (),
-            "work": {shape: work(tokens, 2, splits, 4096, torch.bfloat16)}
-            if name == "bf16"
-            else {},
-        }
-        for name in ("bf16", "fp32")
-        for has_plan, tokens, splits, shape in (
-            (True, 4096, 1, "4096 tokens of 8x7B"),
-            (False, 1, 4, "1 token of 8x7B, 4 splits"),
+    """What benchmarks/codegen.py compiles for `arch`: 8x7B with a plan, cut in four, of d_x."""
+    cases = []
+    for name, tokens, splits, has_plan, has_weights, what in (
+        ("bf16", 4096, 1, True, True, ""),
+        ("bf16", 1, 4, False, True, ", 4 splits"),
+        ("bf16", 4096, 1, True, False, ", d_x"),
+        ("fp32", 1, 4, False, True, ", 4 splits"),
+    ):
+        numbers = [argument for argument in expert_combine_kernel.arg_names if argument.islower()]
+        signature = dict.fromkeys(numbers, "i32") | {"slots_ptr": "*fp32", "out_ptr": f"*{name}"}
+        signature["expert_ids_ptr"] = "*i32"
+        signature["weights_ptr"] = "*fp32" if has_weights else "constexpr"
+        signature["places_ptr"] = "*i32" if has_plan else "constexpr"
+        shape = f"{tokens} tokens of 8x7B{what}"
+        cases.append(
+            {
+                "case": f"{name} {tokens}{what}",
+                "kernel": expert_combine_kernel,
+                "signature": signature,
+                "constexprs": {"HAS_PLAN": has_plan, "SPLITS": splits, **tile_config(4096)},
+                "due": ("load_16", "store_16"),
+                "work": {shape: work(tokens, 2, splits, 4096, torch.bfloat16)}
+                if name == "bf16" and has_weights
+                else {},
+            }
         )
-    ]
+    return cases

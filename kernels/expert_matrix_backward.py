@@ -14,6 +14,7 @@ import triton.language as tl
 
 from mistral_kernels.kernels.expert_tiles import fitting
 from mistral_kernels.kernels.matrix_product import tile_place
+from mistral_kernels.kernels.processor import processor
 
 
 @triton.jit
@@ -114,7 +115,7 @@ def expert_matrix_backward(
         top_k: slots a token.
     """
     of_w2 = d_matrix.dim() == 3
-    arch = torch.cuda.get_device_capability(a.device) if a.is_cuda else (8, 0)
+    arch, _ = processor(a.device)
     config = tile_config(a.dtype, arch)
     tiles = triton.cdiv(a.shape[1], config["BLOCK_M"]) * triton.cdiv(b.shape[1], config["BLOCK_N"])
     expert_matrix_backward_kernel[(tiles, d_matrix.shape[0])](
@@ -153,6 +154,9 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
             if name == "bf16"
             else {},
         }
-        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32"))
-        for of_w2, what in ((True, "w2"), (False, "w13"))
+        for dtype, name, of_w2, what in (
+            (torch.bfloat16, "bf16", True, "w2"),
+            (torch.bfloat16, "bf16", False, "w13"),
+            (torch.float32, "fp32", False, "w13"),
+        )
     ]

@@ -9,11 +9,12 @@ For each used (token, slot) pair, a row of the plan, with g = grad[token], w = i
     d_w13[e]  = sum over rows of d_gate_up x^T
     d_x       = sum over slots of w13[e]^T d_gate_up
 
-Five GEMMs, worked in slices of ffn_dim. A slice of d_w13 and d_w2 is whole, so each is written once
-in its own dtype; slices of tokens would want fp32 sums of all weights, 5.6 GB for 8x7B, read and
-written for each slice. A slice carries on the sums of d_w and d_x where the one before ended, so
-their number changes no bit. gate_up, overwritten by its gradient, and d_inner, by inner, have the
-workspace that the caller allows; what grows with tokens is d_x's slots, 4 * hidden bytes a pair.
+Five GEMMs, of which those of d_w13, d_w2 and d_x are left out where nobody asks for them, worked in
+slices of ffn_dim. A slice of d_w13 and d_w2 is whole, so each is written once in its own dtype;
+slices of tokens would want fp32 sums of all weights, 5.6 GB for 8x7B, read and written for each. A
+slice carries on the sums of d_w and d_x where the one before ended, so their number changes no bit.
+gate_up, overwritten by its gradient, and d_inner, by inner, have the workspace that the caller
+allows; what grows with tokens is d_x's slots, 4 * hidden bytes a pair.
 SwiGLU is a pass of its own: at the end of d_inner's GEMM gate, up and their gradients would spill.
 
 A pair takes 16 * hidden * ffn_dim operations, the forward 6. 4,096 tokens of an 8x7B layer in bf16:
@@ -30,7 +31,7 @@ from mistral_kernels.kernels.expert_combine import expert_combine
 from mistral_kernels.kernels.expert_matrix_backward import expert_matrix_backward
 from mistral_kernels.kernels.expert_plan import expert_plan
 from mistral_kernels.kernels.expert_rows_backward import expert_rows_backward
-from mistral_kernels.kernels.expert_tiles import tiles_for
+from mistral_kernels.kernels.expert_tiles import expert_rows
 from mistral_kernels.kernels.expert_up import expert_up
 
 
@@ -122,14 +123,14 @@ def expert_mlp_backward(
     w2: torch.Tensor,
     weights: torch.Tensor,
     expert_ids: torch.Tensor,
-    d_x: torch.Tensor,
-    d_w13: torch.Tensor,
-    d_w2: torch.Tensor,
-    d_weights: torch.Tensor,
+    d_x: torch.Tensor | None,
+    d_w13: torch.Tensor | None,
+    d_w2: torch.Tensor | None,
+    d_weights: torch.Tensor | None,
     batch_invariant: bool,
     workspace_bytes: int,
 ) -> None:
-    """Writes `d_x`, `d_w13`, `d_w2`, `d_weights`.
+    """Writes those of `d_x`, `d_w13`, `d_w2`, `d_weights` that are not None.
 
     Args:
         grad: (tokens, hidden), x's dtype; all inputs have a contiguous last dimension.
@@ -141,20 +142,21 @@ def expert_mlp_backward(
     (tokens, hidden), (experts, _, ffn_dim), top_k = x.shape, w2.shape, weights.shape[1]
     if tokens == 0 or w2.numel() == 0:
         for gradient in (d_x, d_w13, d_w2, d_weights):
-            gradient.zero_()
+            if gradient is not None:
+                gradient.zero_()
         return
-    # The interpreter runs CPU tensors and takes any configuration.
-    arch = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
-    rows = 64 if batch_invariant else 2 * tokens * top_k // experts  # as the forward's
-    tiles, swiglu = tiles_for(rows, x.dtype, arch), tile_config(ffn_dim)
+    rows, swiglu = expert_rows(tokens, top_k, experts, batch_invariant), tile_config(ffn_dim)
     # Slices end where a step of d_weights does, and with it one of d_x.
     pairs, step = tokens * top_k, swiglu["BLOCK"]
     width = slice_columns(pairs * (2 * x.itemsize + 4), ffn_dim, step, workspace_bytes)
     plan = starts, order, places = [expert_ids.new_empty(n) for n in (experts + 1, pairs, pairs)]
-    slots = x.new_empty(pairs, hidden, dtype=torch.float32)
+    slots = None if d_x is None else x.new_empty(pairs, hidden, dtype=torch.float32)
+    if d_weights is None:  # it falls off
+        d_weights = weights.new_empty(weights.shape)
     gate_up_memory = x.new_empty(pairs * 2 * min(width, ffn_dim))
     inner_memory = x.new_empty(pairs * min(width, ffn_dim), dtype=torch.float32)
-    w13, d_w13 = (tensor.unflatten(1, (2, ffn_dim)) for tensor in (w13, d_w13))
+    w13 = w13.unflatten(1, (2, ffn_dim))
+    d_w13 = None if d_w13 is None else d_w13.unflatten(1, (2, ffn_dim))
 
     with torch.cuda.device_of(x):  # Triton launches on the current device
         d_weights.zero_()
@@ -166,13 +168,17 @@ def expert_mlp_backward(
             d_inner = inner_memory[: pairs * columns].view(pairs, -1)
             inner = d_inner.view(x.dtype)[:, :columns]
             own_w13, own_w2 = w13[:, :, part], w2[:, :, part]
-            expert_up(x, own_w13, expert_ids, starts, order, gate_up, tiles, gate_up=True)
+            expert_up(x, own_w13, expert_ids, starts, order, gate_up, rows, gate_up=True)
             expert_rows_backward(grad, own_w2, starts, order, d_inner, top_k, rows, add=False)
             _swiglu_backward(gate_up, d_inner, inner, weights, starts, order, d_weights, swiglu)
-            expert_matrix_backward(grad, inner, starts, order, d_w2[:, :, part], top_k)
-            expert_matrix_backward(gate_up, x, starts, order, d_w13[:, :, part], top_k)
-            expert_rows_backward(gate_up, own_w13, starts, order, slots, top_k, rows, add)
-        expert_combine(slots, None, expert_ids, places, d_x, experts, 1)
+            if d_w2 is not None:
+                expert_matrix_backward(grad, inner, starts, order, d_w2[:, :, part], top_k)
+            if d_w13 is not None:
+                expert_matrix_backward(gate_up, x, starts, order, d_w13[:, :, part], top_k)
+            if d_x is not None:
+                expert_rows_backward(gate_up, own_w13, starts, order, slots, top_k, rows, add)
+        if d_x is not None:
+            expert_combine(slots, None, expert_ids, places, d_x, experts, 1)
 
 
 def codegen_cases(arch: tuple[int, int]) -> list[dict]:
@@ -187,7 +193,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
             "kernel": kernel,
             "signature": types | dict.fromkeys(("gate_up_ptr", "inner_ptr"), f"*{name}"),
             "constexprs": tile_config(14336),
-            "due": (),
+            "due": ("load_16", "store_16"),
             "work": {"4096 tokens of 8x7B": work(8192, 14336)} if name == "bf16" else {},
         }
         for name in ("bf16", "fp32")

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])  # another number of tokens must not compile it anew
 def expert_plan_kernel(
     expert_ids_ptr,  # (tokens, top_k) i32; outside [0, experts) is skipped
     starts_ptr,  # (experts + 1,) i32
@@ -60,9 +60,12 @@ def load_ids(expert_ids_ptr, first, pairs, top_k, stride_ids_token, BLOCK: tl.co
 
 
 def tile_config(pairs: int) -> dict[str, int]:
-    """Pairs a step and warps; not measured. A chunk of 8x7B takes two steps of 16 ids a thread."""
-    block = min(max(triton.next_power_of_2(pairs), 32), 4096)
-    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
+    """Pairs a step and warps; not measured. A chunk of 8x7B takes two steps of 16 ids a thread.
+
+    Only two sizes, for each is a compilation.
+    """
+    many = pairs > 1024
+    return {"BLOCK": 4096 if many else 256, "num_warps": 8 if many else 1}
 
 
 def work(pairs: int, experts: int) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from mistral_kernels.kernels.expert_tiles import (
     tiles_for,
 )
 from mistral_kernels.kernels.matrix_product import add_products
+from mistral_kernels.kernels.processor import processor
 
 
 @triton.jit
@@ -121,8 +122,7 @@ def expert_rows_backward(
         add: the sum over columns goes on from what `out` holds.
     """
     (_, size_k), (_, size_n), experts = a.shape, out.shape, len(b)
-    # The interpreter runs CPU tensors and takes any configuration.
-    arch = torch.cuda.get_device_capability(a.device) if a.is_cuda else (8, 0)
+    arch, _ = processor(a.device)
     config = tile_config(rows, add, a.dtype, arch)
     even = size_k % config["BLOCK_K"] == 0 and size_n % config["BLOCK_N"] == 0
     expert_rows_backward_kernel[(programs(a, config),)](
@@ -152,14 +152,14 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
     kernel = expert_rows_backward_kernel
     numbers = [name for name in kernel.arg_names if name.islower()]
     cases = []
-    for rows, dtype, name in (
-        (16, torch.bfloat16, "bf16"),
-        (64, torch.bfloat16, "bf16"),
-        (128, torch.bfloat16, "bf16"),
-        (128, torch.float32, "fp32"),
+    for rows, dtype, name, products in (
+        (16, torch.bfloat16, "bf16", ((True, False), (False, True))),
+        (64, torch.bfloat16, "bf16", ((True, False), (False, True))),
+        (128, torch.bfloat16, "bf16", ((True, False), (False, False), (False, True))),
+        (128, torch.float32, "fp32", ((True, False), (False, True))),
     ):
         due = "wgmma" if rows >= 64 else "mma"
-        for of_w2, add in ((True, False), (False, False), (False, True)):
+        for of_w2, add in products:
             config = tile_config(rows, add, dtype, arch)
             flags = {"OF_W2": of_w2, "ADD": add, "EVEN": True, "EXPERTS": 8}
             types = dict.fromkeys(("a_ptr", "b_ptr"), f"*{name}")

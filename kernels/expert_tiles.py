@@ -20,7 +20,7 @@ import triton.language as tl
 
 from mistral_kernels.kernels.expert_plan import load_ids
 from mistral_kernels.kernels.matrix_product import tile_place
-from mistral_kernels.kernels.processor import shared_bytes
+from mistral_kernels.kernels.processor import processor, shared_bytes
 
 FEW_TOKENS = 32  # up to here a program multiplies its expert with all tokens, and nothing is sorted
 
@@ -137,6 +137,15 @@ def tile_rows(
         return planned_tile(tile, starts_ptr, experts, tiles_n, BLOCK_M, GROUP_M, EXPERTS)
 
 
+def expert_rows(tokens: int, top_k: int, experts: int, batch_invariant: bool) -> int:
+    """For how many rows tiles are chosen where there is a plan; not measured.
+
+    About twice the mean of an expert's: most experts fit into one tile and their weights are read
+    once. batch_invariant: one tile for any number of tokens; wgmma takes 64 rows at least.
+    """
+    return 64 if batch_invariant else 2 * tokens * top_k // experts
+
+
 def tiles_for(rows: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]:
     """Tiles for about `rows` rows at a time, on compute capability `arch`; not measured.
 
@@ -176,13 +185,18 @@ def used_experts(tokens: int, top_k: int, experts: int) -> float:
     return experts * (1 - (1 - top_k / experts) ** tokens)
 
 
+def result_rows(tokens: int, top_k: int, experts: int) -> float:
+    """Rows that either GEMM writes: one a pair; of few tokens all, for each used expert."""
+    each = used_experts(tokens, top_k, experts) if tokens <= FEW_TOKENS else top_k
+    return tokens * each
+
+
 def programs(x: torch.Tensor, config: dict[str, int]) -> int:
     """How many programs run on x's device at a time: what registers and shared memory allow."""
     if not x.is_cuda:
         return 2  # the interpreter runs them in turn
-    device = torch.cuda.get_device_properties(x.device)
-    shared = shared_bytes((device.major, device.minor))
+    arch, multiprocessors = processor(x.device)
     # mma does with a buffer less than there are stages. One program too many only waits.
-    by_shared = shared // ((config["num_stages"] - 1) * stage_bytes(config, x.dtype))
+    by_shared = shared_bytes(arch) // ((config["num_stages"] - 1) * stage_bytes(config, x.dtype))
     # A thread may hold 255 of a multiprocessor's 65,536 registers.
-    return device.multi_processor_count * max(min(by_shared, 8 // config["num_warps"]), 1)
+    return multiprocessors * max(min(by_shared, 8 // config["num_warps"]), 1)

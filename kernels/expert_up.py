@@ -12,12 +12,14 @@ import triton.language as tl
 from mistral_kernels.kernels.expert_tiles import (
     FEW_TOKENS,
     programs,
+    result_rows,
     tile_rows,
     tiles_for,
     tiles_of_program,
     used_experts,
 )
 from mistral_kernels.kernels.matrix_product import products
+from mistral_kernels.kernels.processor import processor
 
 
 @triton.jit(do_not_specialize=["tokens"])  # a batch of one must not compile it anew
@@ -93,6 +95,11 @@ def expert_up_kernel(
         tl.store(inner_ptrs, result.to(inner_ptr.dtype.element_ty), mask=mask)
 
 
+def tile_config(rows: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]:
+    """Tiles for about `rows` rows at a time, on compute capability `arch`; not measured."""
+    return tiles_for(rows, dtype, arch)
+
+
 def expert_up(
     x: torch.Tensor,
     w13: torch.Tensor,
@@ -100,7 +107,7 @@ def expert_up(
     starts: torch.Tensor | None,
     order: torch.Tensor | None,
     inner: torch.Tensor,
-    config: dict[str, int],
+    rows: int,
     gate_up: bool,
 ) -> None:
     """Writes `inner`.
@@ -112,11 +119,12 @@ def expert_up(
         starts, order: of `expert_plan`; None with up to FEW_TOKENS tokens.
         inner: (pairs, columns) by planned row, without a plan (experts * tokens, columns); with
             gate_up (pairs, 2 * columns). x's dtype, contiguous.
-        config: of `expert_tiles.tiles_for`.
+        rows: about how many a tile has, for `tile_config`.
         gate_up: gate and up in turn are wanted instead of inner.
     """
     (tokens, hidden), (experts, _, columns, _), top_k = x.shape, w13.shape, expert_ids.shape[1]
-    few = starts is None
+    few, (arch, _) = starts is None, processor(x.device)
+    config = tile_config(rows, x.dtype, arch)
     column_tiles = triton.cdiv(columns, config["BLOCK_N"] // 2)
     grid = (column_tiles, min(experts, tokens * top_k)) if few else (programs(x, config),)
     expert_up_kernel[grid](
@@ -150,7 +158,7 @@ def work(
 ) -> tuple[int, int]:
     """Bytes that a call moves, without gate_up, and its operations."""
     weights = 2 * used_experts(tokens, top_k, experts) * hidden * ffn_dim
-    rows = tokens * (hidden + top_k * ffn_dim)
+    rows = tokens * hidden + result_rows(tokens, top_k, experts) * ffn_dim
     return round((weights + rows) * itemsize), 4 * tokens * top_k * hidden * ffn_dim
 
 
@@ -165,7 +173,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
         (4096, 128, True, torch.bfloat16, "bf16"),
         (4096, 128, False, torch.float32, "fp32"),
     ):
-        few, config = tokens <= FEW_TOKENS, tiles_for(rows, dtype, arch)
+        few, config = tokens <= FEW_TOKENS, tile_config(rows, dtype, arch)
         plan = "constexpr" if few else "*i32"
         types = {"expert_ids_ptr": "*i32", "starts_ptr": plan, "order_ptr": plan}
         types |= dict.fromkeys(("x_ptr", "w13_ptr", "inner_ptr"), f"*{name}")

@@ -10,57 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _rotate_heads(
-    x_ptr,  # the token's row of q or k: (heads, HEAD_DIM)
-    out_ptr,  # may be x_ptr
-    head,  # the first of BLOCK_HEADS
-    heads,
-    stride_x_head,
-    stride_out_head,
-    cos_row_ptr,  # (HEAD_DIM / 2,)
-    sin_row_ptr,  # (HEAD_DIM / 2,)
-    scale,  # fp32
-    idle,  # the row is copied
-    INVERSE: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
-):
-    offs_head = (head + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[:, None]
-    mask_head = offs_head < heads
-    x_rows, out_rows = x_ptr + offs_head * stride_x_head, out_ptr + offs_head * stride_out_head
-    offs_pair = tl.arange(0, BLOCK_PAIRS)
-    mask_pair = mask_head & (offs_pair < HEAD_DIM // 2)[None, :]
-
-    # Once for each head: a thread finds the pairs that it needs in L1, and no barrier is due.
-    offs_table = tl.zeros((BLOCK_HEADS, 1), tl.int32) + offs_pair[None, :]
-    cos = tl.load(cos_row_ptr + offs_table, mask=mask_pair, other=0.0)
-    sin = tl.load(sin_row_ptr + offs_table, mask=mask_pair, other=0.0)
-    if INVERSE:
-        sin = -sin
-
-    # A row is read whole and taken apart in registers: pairs are too narrow for 128-bit loads.
-    if INTERLEAVED:
-        offs = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
-        mask = mask_head & (offs < HEAD_DIM)
-        x = tl.load(x_rows + offs, mask=mask, other=0.0)
-        a, b = tl.split(tl.reshape(x.to(tl.float32), (BLOCK_HEADS, BLOCK_PAIRS, 2)))
-        turned = tl.join((a * cos - b * sin) * scale, (b * cos + a * sin) * scale)
-        out = tl.reshape(turned, (BLOCK_HEADS, 2 * BLOCK_PAIRS)).to(x.dtype)
-        tl.store(out_rows + offs, tl.where(idle, x, out), mask=mask)
-    else:
-        offs = offs_pair[None, :]
-        first = tl.load(x_rows + offs, mask=mask_pair, other=0.0)
-        second = tl.load(x_rows + HEAD_DIM // 2 + offs, mask=mask_pair, other=0.0)
-        a, b = first.to(tl.float32), second.to(tl.float32)
-        out_first = ((a * cos - b * sin) * scale).to(first.dtype)
-        out_second = ((b * cos + a * sin) * scale).to(first.dtype)
-        tl.store(out_rows + offs, tl.where(idle, first, out_first), mask=mask_pair)
-        out_second = tl.where(idle, second, out_second)
-        tl.store(out_rows + HEAD_DIM // 2 + offs, out_second, mask=mask_pair)
+from mistral_kernels.kernels.processor import processor
 
 
 @triton.jit
@@ -101,24 +51,53 @@ def rope_kernel(
     position = tl.load(positions_ptr + token)
     row = tl.maximum(position, 0).to(tl.int64)
     cos_row, sin_row = cos_ptr + row * stride_cos, sin_ptr + row * stride_sin
+    idle = position < 0  # the row is copied
+
+    # Heads of q or of k.
     q_blocks = tl.cdiv(q_heads, BLOCK_HEADS)
-    if pid_heads < q_blocks:
-        scale = 1.0 if q_scale_ptr is None else tl.load(q_scale_ptr + row)
-        _rotate_heads(
-            q_ptr + token * stride_q_token,
-            out_q_ptr + token * stride_out_q_token,
-            pid_heads * BLOCK_HEADS, q_heads, stride_q_head, stride_out_q_head,
-            cos_row, sin_row, scale, position < 0,
-            INVERSE, INTERLEAVED, HEAD_DIM, BLOCK_HEADS, BLOCK_PAIRS,
-        )  # fmt: skip
+    of_q = pid_heads < q_blocks
+    block = tl.where(of_q, pid_heads, pid_heads - q_blocks)
+    offs_head = (block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[:, None]
+    if of_q:
+        mask_head = offs_head < q_heads
+        x_rows = q_ptr + token * stride_q_token + offs_head * stride_q_head
+        out_rows = out_q_ptr + token * stride_out_q_token + offs_head * stride_out_q_head
     else:
-        _rotate_heads(
-            k_ptr + token * stride_k_token,
-            out_k_ptr + token * stride_out_k_token,
-            (pid_heads - q_blocks) * BLOCK_HEADS, kv_heads, stride_k_head, stride_out_k_head,
-            cos_row, sin_row, 1.0, position < 0,
-            INVERSE, INTERLEAVED, HEAD_DIM, BLOCK_HEADS, BLOCK_PAIRS,
-        )  # fmt: skip
+        mask_head = offs_head < kv_heads
+        x_rows = k_ptr + token * stride_k_token + offs_head * stride_k_head
+        out_rows = out_k_ptr + token * stride_out_k_token + offs_head * stride_out_k_head
+    scale = 1.0
+    if q_scale_ptr is not None:
+        scale = tl.load(q_scale_ptr + row, mask=of_q, other=1.0)
+    offs_pair = tl.arange(0, BLOCK_PAIRS)
+    mask_pair = mask_head & (offs_pair < HEAD_DIM // 2)[None, :]
+
+    # Once for each head: a thread finds the pairs that it needs in L1, and no barrier is due.
+    offs_table = tl.zeros((BLOCK_HEADS, 1), tl.int32) + offs_pair[None, :]
+    cos = tl.load(cos_row + offs_table, mask=mask_pair, other=0.0)
+    sin = tl.load(sin_row + offs_table, mask=mask_pair, other=0.0)
+    if INVERSE:
+        sin = -sin
+
+    # A row is read whole and taken apart in registers: pairs are too narrow for 128-bit loads.
+    if INTERLEAVED:
+        offs = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
+        mask = mask_head & (offs < HEAD_DIM)
+        x = tl.load(x_rows + offs, mask=mask, other=0.0)
+        a, b = tl.split(tl.reshape(x.to(tl.float32), (BLOCK_HEADS, BLOCK_PAIRS, 2)))
+        turned = tl.join((a * cos - b * sin) * scale, (b * cos + a * sin) * scale)
+        out = tl.reshape(turned, (BLOCK_HEADS, 2 * BLOCK_PAIRS)).to(x.dtype)
+        tl.store(out_rows + offs, tl.where(idle, x, out), mask=mask)
+    else:
+        offs = offs_pair[None, :]
+        first = tl.load(x_rows + offs, mask=mask_pair, other=0.0)
+        second = tl.load(x_rows + HEAD_DIM // 2 + offs, mask=mask_pair, other=0.0)
+        a, b = first.to(tl.float32), second.to(tl.float32)
+        out_first = ((a * cos - b * sin) * scale).to(first.dtype)
+        out_second = ((b * cos + a * sin) * scale).to(first.dtype)
+        tl.store(out_rows + offs, tl.where(idle, first, out_first), mask=mask_pair)
+        out_second = tl.where(idle, second, out_second)
+        tl.store(out_rows + HEAD_DIM // 2 + offs, out_second, mask=mask_pair)
 
 
 def tile_config(
@@ -171,7 +150,7 @@ def rope(
         inverse: turn by the opposite angle, as a gradient does.
     """
     (tokens, q_heads, head_dim), kv_heads = q.shape, k.shape[1]
-    arch = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
+    arch, _ = processor(q.device)
     config = tile_config(q_heads, kv_heads, head_dim, q.dtype, arch)
     blocks = sum(triton.cdiv(heads, config["BLOCK_HEADS"]) for heads in (q_heads, kv_heads))
     if tokens * blocks * head_dim == 0:
@@ -186,27 +165,34 @@ def rope(
 
 
 def codegen_cases(arch: tuple[int, int]) -> list[dict]:
-    """What benchmarks/codegen.py compiles for `arch`: 32 and 8 heads of 128 and, inverse, of 80."""
-    rows = ("q_ptr", "k_ptr", "out_q_ptr", "out_k_ptr")
-    tables = {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "positions_ptr": "*i32"}
-    numbers = [name for name in rope_kernel.arg_names if name.startswith(("stride", "q_h", "kv_h"))]
+    """What benchmarks/codegen.py compiles for `arch`: 32 and 8 heads of 128, and of 80."""
     cases = []
-    for head_dim, interleaved in ((128, True), (128, False), (80, True)):
-        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-            scale = {"q_scale_ptr": "constexpr" if head_dim == 80 else "*fp32"}
-            flags = {"INVERSE": head_dim == 80, "INTERLEAVED": interleaved, "HEAD_DIM": head_dim}
-            headline = name == "bf16" and head_dim == 128 and interleaved
-            signature = dict.fromkeys(rows, f"*{name}") | tables | scale
-            cases.append(
-                {
-                    "case": f"{name} {head_dim} {'interleaved' if interleaved else 'half-split'}",
-                    "kernel": rope_kernel,
-                    "signature": signature | dict.fromkeys(numbers, "i32"),
-                    "constexprs": flags | tile_config(32, 8, head_dim, dtype, arch),
-                    "due": (),
-                    "work": {"4096 tokens of 32 + 8 heads of 128": work(4096, 32, 8, 128, dtype)}
-                    if headline
-                    else {},
-                }
-            )
+    for name, head_dim, interleaved, inverse in (
+        ("bf16", 128, True, False),
+        ("bf16", 128, False, False),
+        ("bf16", 128, False, True),
+        ("bf16", 80, True, True),
+        ("fp32", 128, True, True),
+        ("fp32", 80, False, False),
+    ):
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+        numbers = (argument for argument in rope_kernel.arg_names if argument.islower())
+        signature = dict.fromkeys(numbers, "i32") | {"positions_ptr": "*i32"}
+        signature |= dict.fromkeys(("q_ptr", "k_ptr", "out_q_ptr", "out_k_ptr"), f"*{name}")
+        signature |= dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32")
+        signature["q_scale_ptr"] = "constexpr" if head_dim == 80 else "*fp32"
+        flags = {"INVERSE": inverse, "INTERLEAVED": interleaved, "HEAD_DIM": head_dim}
+        headline = name == "bf16" and head_dim == 128 and not inverse
+        layout = "interleaved" if interleaved else "half-split"
+        shape = f"4096 tokens of 32 + 8 heads of 128, {layout}"
+        cases.append(
+            {
+                "case": f"{name} {head_dim} {layout}{' inverse' if inverse else ''}",
+                "kernel": rope_kernel,
+                "signature": signature,
+                "constexprs": flags | tile_config(32, 8, head_dim, dtype, arch),
+                "due": ("load_16", "store_16") if head_dim == 128 else (),
+                "work": {shape: work(4096, 32, 8, 128, dtype)} if headline else {},
+            }
+        )
     return cases

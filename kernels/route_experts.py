@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mistral_kernels.kernels.processor import processor
+
 MAX_EXPERTS = 4096  # a token's keys live in registers: 8 of 64 bits a thread at 16 warps
 
 
@@ -47,7 +49,7 @@ def _choose(
     return slot, tl.where(slot >= 0, weight, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # a batch of one must not compile it anew
 def route_experts_kernel(
     logits_ptr,  # (tokens, experts), last dimension contiguous
     positions_ptr,  # (tokens,) i32, negative for an idle token; None: all are live
@@ -81,7 +83,7 @@ def route_experts_kernel(
         tl.store(weights_ptr + offs_out, tl.where(idle, 0.0, slot_weight), mask=mask_token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def route_experts_backward_kernel(
     grad_ptr,  # (tokens, TOP_K) fp32, contiguous: of the weights
     logits_ptr,  # (tokens, experts), last dimension contiguous
@@ -141,8 +143,7 @@ def _launch(kernel, logits: torch.Tensor, top_k: int, *arguments: torch.Tensor |
     tokens, experts = logits.shape
     if tokens == 0:
         return
-    # The interpreter runs CPU tensors and takes any configuration.
-    arch = torch.cuda.get_device_capability(logits.device) if logits.is_cuda else (8, 0)
+    arch, _ = processor(logits.device)
     config = tile_config(experts, top_k, logits.dtype, arch)
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         kernel[(triton.cdiv(tokens, config["BLOCK_TOKENS"]),)](

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mistral_kernels.kernels.processor import processor
+
 
 @triton.jit
 def silu_mul_kernel(
@@ -86,8 +88,7 @@ def _launch(kernel, gate_up: torch.Tensor, *arguments: torch.Tensor) -> None:
     tokens, ffn_dim = gate_up.shape[0], gate_up.shape[1] // 2
     if tokens == 0 or ffn_dim == 0:
         return
-    # The interpreter runs CPU tensors and takes any configuration.
-    arch = torch.cuda.get_device_capability(gate_up.device) if gate_up.is_cuda else (8, 0)
+    arch, _ = processor(gate_up.device)
     config = tile_config(ffn_dim, gate_up.dtype, arch)
     grid = (tokens, triton.cdiv(ffn_dim, config["BLOCK_FFN"]))
     with torch.cuda.device_of(gate_up):  # Triton launches on the current device
@@ -128,7 +129,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
             "kernel": kernel,
             "signature": dict.fromkeys(pointers, f"*{name}") | sizes,
             "constexprs": tile_config(14336, dtype, arch),
-            "due": (),
+            "due": ("load_16", "store_16"),
             "work": {"4096 tokens of 14336": work(4096, 14336, "grad_ptr" in pointers, dtype)}
             if name == "bf16"
             else {},

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from mistral_kernels.kernels.cache_elements import as_codes, as_stored
+from mistral_kernels.kernels.processor import processor
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def _rounded(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # another batch must not compile it anew
 def store_kv_kernel(
     k_ptr,  # (tokens, kv_heads, head_dim), last dimension contiguous
     v_ptr,  # like k
@@ -145,8 +146,7 @@ def store_kv(
     if k.numel() == 0 or context_lens.shape[0] == 0:
         return
     k_cache, v_cache = as_codes(k_cache), as_codes(v_cache)
-    # The interpreter runs CPU tensors and takes any configuration.
-    arch = torch.cuda.get_device_capability(k.device) if k.is_cuda else (8, 0)
+    arch, _ = processor(k.device)
     config = tile_config(kv_heads, head_dim, k.dtype, arch)
     scale_steps = [int(s is not None and s.numel() > 1) for s in (k_scale, v_scale)]
     with torch.cuda.device_of(k):  # Triton launches on the current device
@@ -176,7 +176,8 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
                 "kernel": store_kv_kernel,
                 "signature": pointers | sizes,
                 "constexprs": tile_config(8, 128, torch.bfloat16, arch),
-                "due": (),
+                # Rows of 8-bit codes end in halves of that.
+                "due": ("load_16", "store_16") if width == 2 else ("load_16",),
                 "work": {f"4096 tokens of 8 heads of 128 to {kind}": work(4096, 8, 128, width)},
             }
         )

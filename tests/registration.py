@@ -26,4 +26,6 @@ def check(name: str, *arguments: Any) -> None:
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     grads = [torch.randn_like(out) for out in outputs if out.is_floating_point()]
     backward = getattr(torch.ops.mistral_kernels, f"{name}_backward").default
-    torch.library.opcheck(backward, (grads, *plain))
+    count = sum(isinstance(value, Tensor) and value.requires_grad for value in arguments)
+    needs = [False] * (count - 1) + [True]  # the op's own check asks for all gradients
+    torch.library.opcheck(backward, (grads, needs, *plain))

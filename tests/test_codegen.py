@@ -196,7 +196,7 @@ def test_a_triton_kernel_without_a_case_is_noticed(module_of, monkeypatch, capsy
     monkeypatch.setattr(compilers, "triton_module", lambda stem: module)
     monkeypatch.setattr(compilers, "find_nvcc", lambda: None)
     monkeypatch.setattr(
-        codegen, "compile_all", lambda jobs: sum(map(codegen.compile_file, jobs), [])
+        codegen, "compile_all", lambda jobs: sum(map(codegen.compile_files, jobs), [])
     )
     assert codegen.main(["--archs", "sm_80", "sm_90a"]) == 1
     shown = capsys.readouterr().out
@@ -215,7 +215,7 @@ def test_a_cuda_file_and_its_comments(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compilers, "triton_modules", dict)
     monkeypatch.setattr(compilers, "cuda_files", lambda: [path])
     monkeypatch.setattr(
-        codegen, "compile_all", lambda jobs: sum(map(codegen.compile_file, jobs), [])
+        codegen, "compile_all", lambda jobs: sum(map(codegen.compile_files, jobs), [])
     )
     out = tmp_path / "codegen.json"
     assert codegen.main(["--archs", "sm_80", "sm_90a", "--json", str(out)]) == 1

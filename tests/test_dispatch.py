@@ -153,23 +153,23 @@ def test_linear_on_a_gpu_is_torch_s_unless_its_bits_must_not_depend_on_the_batch
 def test_a_bound_op_asks_again_where_its_cell_wants_that(inference, auto, installed, monkeypatch):
     installed("cpu")
     served = []
-    row = dispatch.OPS["rms_norm"]
+    row = dispatch.OPS["route_experts"]
     narrow = dispatch.Cell(
         lambda *inputs: served.append("cpu") or row["reference"].run(*inputs),
-        refuses=lambda facts: "too wide" if facts.get("hidden", 0) > 8 else None,
+        refuses=lambda facts: "too many" if facts.get("experts", 0) > 8 else None,
         auto=lambda facts: auto,  # who prefers a cell by name gets it all the same
         asks_each_call=True,
     )
     monkeypatch.setitem(row, "cpu", narrow)
-    bound = dispatch.BoundOp("rms_norm", "cpu")
+    bound = dispatch.BoundOp("route_experts", "cpu")
     with torch.inference_mode(inference):
-        for hidden in (8, 9, 8):
-            assert (bound(torch.ones(1, hidden), torch.ones(hidden), 0.0) == 1).all()
-            served.append(hidden)
+        for experts in (8, 9, 8):
+            assert bound(torch.ones(1, experts), 2, None)[0].tolist() == [[0.5, 0.5]]
+            served.append(experts)
     assert served == ["cpu", 8, 9, "cpu", 8]
     x = torch.ones(1, 8, requires_grad=True)
     with torch.enable_grad():
-        bound(x, torch.ones(8), 0.0).sum().backward()  # its backward prefers the same
+        bound(x, 2, None)[0].sum().backward()  # its backward prefers the same
     assert x.grad.shape == x.shape
     assert bound.backend == "cpu", "what it prefers, for info"
 

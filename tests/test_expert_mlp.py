@@ -12,6 +12,7 @@ import shapes
 import torch
 from routed import every_expert_on_every_token, make_call
 from tolerance import assert_same
+from torch.utils.flop_counter import FlopCounterMode
 
 from mistral_kernels import ops
 from mistral_kernels.ops import dispatch
@@ -171,6 +172,27 @@ def test_gradients_on_the_reference(batch_invariant):
     gradients.check(
         ours, functools.partial(every_expert_on_every_token, expert_ids=expert_ids), inputs
     )
+
+
+@pytest.mark.parametrize(
+    ("needed", "products"), [("x", 5), ("w2", 4), ("w13", 5), ("weights", 4)], ids=str
+)
+def test_frozen_inputs_cost_no_products(needed, products, monkeypatch):
+    # Of hidden * ffn_dim operations: gate_up 2, back through w2 1, weights 1, w2 1, w13 2, x 2.
+    call, flops = make_call(7, 8, 6, 3, 2), []
+    row = dispatch.OPS["expert_mlp_backward"]
+    cell = row["reference"]
+
+    def counted(*inputs):
+        with FlopCounterMode(display=False) as counter:
+            gradients = cell.run(*inputs)
+        flops.append(counter.get_total_flops())
+        return gradients
+
+    monkeypatch.setitem(row, "reference", dispatch.Cell(counted))
+    call[needed].requires_grad_()
+    ops.expert_mlp(**call, backend="reference").sum().backward()
+    assert flops == [products * 2 * 7 * 2 * 8 * 6]
 
 
 def test_gradients(backend, device):

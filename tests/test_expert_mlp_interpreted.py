@@ -12,6 +12,7 @@ import shapes
 import torch
 from routed import check, deal, make_call
 from tolerance import assert_same
+from triton import next_power_of_2
 
 from mistral_kernels.ops import dispatch, expert_mlp
 
@@ -22,17 +23,18 @@ MODULE = sys.modules["mistral_kernels.ops.expert_mlp"]
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """The kernel file, with tiles of 4 rows, 8 columns and 16 of k."""
+    """The file of all steps; tiles of 4 rows, or all of few tokens, 8 columns and 16 of k."""
+    from mistral_kernels.kernels import expert_down, expert_up
     from mistral_kernels.kernels import expert_mlp as kernel
+    from mistral_kernels.kernels.expert_tiles import tiles_for
 
-    shipped = kernel.tile_config
+    def small(rows, *arguments) -> dict[str, int]:
+        tiles = {"BLOCK_M": next_power_of_2(rows), "BLOCK_N": 8, "BLOCK_K": 16, "GROUP_M": 2}
+        return tiles_for(rows, *arguments) | tiles
 
-    def small(tokens, *arguments) -> dict[str, int]:
-        few = tokens <= kernel.FEW_TOKENS and not arguments[-1]
-        tiles = {"BLOCK_M": 32 if few else 4, "BLOCK_N": 8, "BLOCK_K": 16, "GROUP_M": 2}
-        return shipped(tokens, *arguments) | tiles
-
-    monkeypatch.setattr(kernel, "tile_config", small)
+    for step in (expert_up, expert_down):
+        monkeypatch.setattr(step, "tile_config", small)
+    monkeypatch.setattr(kernel, "expert_rows", lambda *_: 4)
     return kernel
 
 
@@ -41,24 +43,24 @@ def check_triton(call):
 
 
 # Around a tile of rows; several tiles of one expert, more than GROUP_M; nothing at all.
-ROWS = [[3, 4, 5, 0], [0, 0, 17, 1], [8, 0, 0, 9], [1, 1, 1, 1], [0, 0, 0, 0]]
+ROWS = [(dtype, [3, 4, 5, 0]) for dtype in dispatch.KERNEL_DTYPES]
+ROWS += [(torch.float32, rows) for rows in ([0, 0, 17, 1], [8, 0, 0, 9], [1, 1, 1, 1], [0] * 4)]
 
 
-@DTYPES
-@pytest.mark.parametrize("rows", ROWS, ids=str)
-def test_planned_tiles(rows, dtype, kernel, monkeypatch):
+@pytest.mark.parametrize(("dtype", "rows"), ROWS, ids=str)
+def test_planned_tiles(dtype, rows, kernel, monkeypatch):
     monkeypatch.setattr(kernel, "FEW_TOKENS", 0)
     check_triton(deal(make_call(10, 20, 18, 4, 2, dtype=dtype), rows))
 
 
 # hidden and ffn_dim around a tile of columns (8; 4 for w13) and of k (16).
-SIZES = [(7, 3), (8, 4), (9, 5), (16, 16), (17, 33)]
+SIZES = [(dtype, (17, 33)) for dtype in dispatch.KERNEL_DTYPES]
+SIZES += [(torch.float32, sizes) for sizes in [(7, 3), (8, 4), (9, 5), (16, 16)]]
 
 
-@DTYPES
 @pytest.mark.parametrize("few", [0, 32], ids=["planned", "few"])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_columns_and_k_around_a_tile(sizes, few, dtype, kernel, monkeypatch):
+@pytest.mark.parametrize(("dtype", "sizes"), SIZES, ids=str)
+def test_columns_and_k_around_a_tile(dtype, sizes, few, kernel, monkeypatch):
     monkeypatch.setattr(kernel, "FEW_TOKENS", few)
     call = make_call(3, *sizes, 4, 2, dtype=dtype)
     # Rows that start at any element, with NaN behind their ends.
@@ -83,8 +85,10 @@ def test_few_tokens_find_their_experts(tokens, dtype, kernel):
 
 @pytest.mark.parametrize("ffn_dim", [63, 64, 65, 127, 128, 129, 640])
 def test_few_tokens_cut_the_down_projection(ffn_dim, kernel):
-    config = kernel.tile_config(2, 1, 2, torch.float32, (8, 0), False)
-    k_split = kernel.split_config(2, 1, 2, 16, ffn_dim, config)
+    from mistral_kernels.kernels import expert_down
+
+    config = expert_down.tile_config(2, torch.float32, (8, 0))
+    k_split = expert_down.split_config(2, 1, 2, 16, ffn_dim, config)
     splits = -(-ffn_dim // k_split)
     assert k_split % config["BLOCK_K"] == 0 and splits == min(max(-(-ffn_dim // 16) // 4, 1), 8)
     if ffn_dim < 200:
@@ -121,18 +125,30 @@ def test_without_experts_every_slot_is_skipped():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("arch", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
-def test_tile_config_fits_and_knows_no_batch_if_invariant(arch, dtype):
-    from mistral_kernels.kernels import expert_mlp as kernel
+def test_tiles_fit_and_know_no_batch_if_invariant(arch, dtype):
+    from mistral_kernels.kernels.expert_tiles import FEW_TOKENS, expert_rows, tiles_for
     from mistral_kernels.kernels.processor import shared_bytes
 
-    fixed = kernel.tile_config(1, 2, 8, dtype, arch, True)
     for tokens in (1, 32, 33, 100, 200, 4096, 10**6):
-        assert kernel.tile_config(tokens, 2, 8, dtype, arch, True) == fixed
-        config = kernel.tile_config(tokens, 2, 8, dtype, arch, False)
-        assert config["BLOCK_M"] >= tokens or tokens > kernel.FEW_TOKENS
+        assert expert_rows(tokens, 2, 8, batch_invariant=True) == 64
+        few = tokens <= FEW_TOKENS
+        config = tiles_for(tokens if few else expert_rows(tokens, 2, 8, False), dtype, arch)
+        assert config["BLOCK_M"] >= tokens or not few
         stage = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"] * dtype.itemsize
         assert config["num_stages"] >= 2
         assert config["num_stages"] * stage <= shared_bytes(arch)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 2), (32, 256), (33, 66), (4096, 8192)])
+def test_few_tokens_are_worked_by_every_used_expert(tokens, rows):
+    from mistral_kernels.kernels import expert_down, expert_up
+
+    used = 2 if tokens == 1 else 8
+    moved, flops = expert_down.work(tokens, 2, 8, 64, 48, 3, 2)
+    assert moved == pytest.approx(2 * used * 64 * 48 + rows * (2 * 48 + 4 * 3 * 64), rel=1e-3)
+    assert flops == 2 * tokens * 2 * 64 * 48, "those that count"
+    moved, _ = expert_up.work(tokens, 2, 8, 64, 48, 2)
+    assert moved == pytest.approx(2 * (2 * used * 64 * 48 + tokens * 64 + rows * 48), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +164,7 @@ def test_tile_config_fits_and_knows_no_batch_if_invariant(arch, dtype):
 def test_as_many_programs_as_run_at_a_time(capability, rows, dtype, each, monkeypatch):
     from mistral_kernels.kernels import expert_tiles
 
-    major, minor = capability
-    gpu = SimpleNamespace(major=major, minor=minor, multi_processor_count=100)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(expert_tiles, "processor", lambda device: (capability, 100))
     x = SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype)
     tiles = expert_tiles.tiles_for(rows, dtype, capability)
     assert expert_tiles.programs(x, tiles) == 100 * each

@@ -20,6 +20,7 @@ SHARED_KERNELS = {
     "attention_tiles",
     "cache_elements",
     "expert_combine",
+    "expert_down",
     "expert_matrix_backward",
     "expert_plan",
     "expert_rows_backward",
@@ -28,6 +29,8 @@ SHARED_KERNELS = {
     "key_splits",
     "matrix_product",
     "processor",
+    "rounded_sum",
+    "sum_parts",
 }
 CODE = ("cpp", "cu", "cuh", "h")
 LIBRARY = ("kernels", "mistral_kernels/ops", "mistral_kernels/model")

@@ -4,6 +4,8 @@ Run with TRITON_INTERPRET=1 set before the process starts: `TRITON_INTERPRET=1 p
 interpreter`. `test_linear.py` runs the same backend there in the tiles that are shipped.
 """
 
+from itertools import product
+
 import oracle
 import pytest
 import torch
@@ -14,6 +16,12 @@ from mistral_kernels.ops import dispatch, linear
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
 DTYPES = pytest.mark.parametrize("dtype", dispatch.KERNEL_DTYPES, ids=str)
+
+
+ROWS = [(torch.float32, rows) for rows in (1, 3, 4, 5, 8, 9, 17)]
+ROWS += [(dtype, 17) for dtype in (torch.bfloat16, torch.float16)]
+SIZES = [(torch.float32, *sizes) for sizes in product((1, 15, 16, 17, 33, 64), (1, 7, 8, 9, 16))]
+SIZES += [(dtype, 33, 9) for dtype in (torch.bfloat16, torch.float16)]
 
 
 @pytest.fixture
@@ -39,17 +47,14 @@ def check(x: torch.Tensor, weight: torch.Tensor, **how) -> torch.Tensor:
     return out
 
 
-@DTYPES
 @pytest.mark.parametrize("batch_invariant", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 9, 17])
+@pytest.mark.parametrize(("dtype", "rows"), ROWS, ids=str)
 def test_rows_around_tiles_and_groups(rows, batch_invariant, dtype, kernel):
     x, weight = torch.randn(rows, 24).to(dtype), torch.randn(19, 24).to(dtype)
     check(between_nans(x), between_nans(weight), batch_invariant=batch_invariant)
 
 
-@DTYPES
-@pytest.mark.parametrize("out_dim", [1, 7, 8, 9, 16])
-@pytest.mark.parametrize("in_dim", [1, 15, 16, 17, 33, 64])
+@pytest.mark.parametrize(("dtype", "in_dim", "out_dim"), SIZES, ids=str)
 def test_columns_and_k_around_a_tile(in_dim, out_dim, dtype, kernel):
     x, weight = torch.randn(3, in_dim).to(dtype), torch.randn(out_dim, in_dim).to(dtype)
     check(between_nans(x), between_nans(weight))

@@ -20,6 +20,7 @@ from mistral_kernels.ops import dispatch
 pytestmark = pytest.mark.interpreter
 EPS = 1e-5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WHOLE_ROW = 16384  # longer rows are worked in pieces; by the backward those longer than 8192
 
 
 def test_the_interpreter_is_on():
@@ -28,7 +29,7 @@ def test_the_interpreter_is_on():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("hidden", [1, 31, 32, 33, 511, 512, 513, 1024, 2049])
+@pytest.mark.parametrize("hidden", [1, 31, 32, 33, 512, 2049, WHOLE_ROW + 3])
 def test_rows_around_a_power_of_two(hidden, dtype):
     # Guard bands: a masked store that is off by one lands in the neighbouring rows or columns.
     wide = torch.full((5, hidden + 2), torch.nan).to(dtype)
@@ -59,11 +60,11 @@ def plain_outputs(x, residual, weight):
 @pytest.fixture
 def few_parts(monkeypatch):
     """Three programs share the rows, and their sums are added two at a time."""
-    from mistral_kernels.kernels import rms_norm_backward as kernel
+    from mistral_kernels.kernels import rms_norm_backward, sum_parts
 
-    monkeypatch.setattr(kernel, "MAX_PARTS", 3)
+    monkeypatch.setattr(rms_norm_backward, "MAX_PARTS", 3)
     sums = {"BLOCK_PARTS": 2, "BLOCK_COLUMNS": 16, "num_warps": 1}
-    monkeypatch.setattr(kernel, "SUM_CONFIG", sums)
+    monkeypatch.setattr(sum_parts, "CONFIG", sums)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,36 +103,42 @@ def test_no_tokens_give_a_zero_gradient_of_the_weight():
     assert_same(weight.grad, torch.zeros(8), "gradient of weight")
 
 
-@pytest.mark.parametrize("op", ["rms_norm_backward", "add_rms_norm_backward"])
-def test_rows_too_wide_for_the_backward_take_the_reference(op):
+def test_gradients_of_rows_in_pieces(few_parts, monkeypatch):
     from mistral_kernels.kernels import rms_norm_backward as kernel
 
-    call = {"device_type": "cpu", "dtype": torch.bfloat16, "backend": "triton"}
-    for hidden, served in ((kernel.MAX_HIDDEN, "triton"), (kernel.MAX_HIDDEN + 1, "reference")):
-        assert dispatch.prefer(op, **call, facts=(("hidden", hidden),)) == served
+    x, residual, weight = torch.randn(4, 8195), torch.randn(4, 8195), torch.randn(8195)
+    inputs = {"x": x, "residual": residual, "weight": weight}
+    gradients.check_float32(both_outputs, plain_outputs, inputs)
+    monkeypatch.setattr(kernel, "WHOLE_ROW", 15)
+    monkeypatch.setattr(kernel, "PIECE", 16)
+    for hidden in (16, 17, 33):
+        inputs = {"x": x[:, :hidden], "residual": residual[:, :hidden], "weight": weight[:hidden]}
+        for dtype in DTYPES:
+            gradients.check_dtype(both_outputs, plain_outputs, inputs, dtype)
 
 
 def test_backward_tile_config_fetches_ahead_where_it_fits():
     from mistral_kernels.kernels import rms_norm_backward as kernel
 
-    for hidden in (1, 33, 4096, kernel.MAX_HIDDEN):
+    for hidden in (1, 33, 4096, kernel.WHOLE_ROW, kernel.WHOLE_ROW + 1, 2**20):
         for dtype in DTYPES:
             for has_residual in (False, True):
                 config = kernel.tile_config(hidden, has_residual, dtype, (8, 0))
                 block = config["BLOCK_HIDDEN"]
-                assert hidden <= block < 2 * hidden and config["num_warps"] in (1, 2, 4, 8, 16, 32)
+                assert block < 2 * hidden and config["num_warps"] in (1, 2, 4, 8, 16, 32)
+                assert block == kernel.PIECE if hidden > kernel.WHOLE_ROW else block >= hidden
                 ahead = (config["STAGES"] - 1) * (4 if has_residual else 2) * block * dtype.itemsize
                 assert ahead <= 64 * 1024
     assert kernel.tile_config(4096, True, torch.bfloat16, (8, 0))["STAGES"] == 2
 
 
-def test_tile_config_covers_a_row_or_refuses():
+def test_tile_config_covers_a_row_or_a_piece():
     from mistral_kernels.kernels import rms_norm as kernel
 
-    for hidden in (1, 33, 4096, 5000, kernel.MAX_HIDDEN):
+    assert kernel.WHOLE_ROW == WHOLE_ROW
+    for hidden in (1, 33, 4096, 5000, WHOLE_ROW, WHOLE_ROW + 1, 2**20):
         config = kernel.tile_config(hidden, torch.bfloat16, (9, 0))
         block = config["BLOCK_HIDDEN"]
-        assert hidden <= block < 2 * hidden and block & (block - 1) == 0
+        assert block < 2 * hidden and block & (block - 1) == 0
+        assert block == kernel.PIECE if hidden > WHOLE_ROW else block >= hidden
         assert config["num_warps"] in (1, 2, 4, 8, 16)
-    with pytest.raises(ValueError, match=f"rms_norm: .*{kernel.MAX_HIDDEN}.*{2**20}"):
-        kernel.tile_config(2**20, torch.bfloat16, (9, 0))

@@ -94,3 +94,15 @@ def test_candidates_of_a_real_kernel_are_right(stem):
     call, inputs = bench_call(stem, shape, "cpu")
     rows = tune.sweep(module, call, inputs, lambda run, inputs: [1e-6])
     assert len(rows) > 1 and all(row["us"] == pytest.approx(1) for row in rows)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("stem", ["expert_up", "expert_down"])
+def test_each_product_of_a_mixture_moves_alone(stem):
+    module = importlib.import_module(f"mistral_kernels.kernels.{stem}")
+    for shape in bench_module(stem).SHAPES["tiny"].values():
+        call, inputs = bench_call(stem, shape, "cpu")
+        with configured(module, {"BLOCK_N": 1, "GROUP_M": -1}) as used:
+            call(*inputs)
+        (config,) = used
+        assert (config["BLOCK_N"], config["GROUP_M"]) == (128, 4)

@@ -259,9 +259,10 @@ def define(
         check_values: takes the arguments; checks the contents of small tensors. It runs on CPU
             tensors only, because on a GPU it would wait for the device.
         differentiable: names of the arguments that get a gradient. Empty: the op refuses autograd.
-        backward: `(grads, *arguments) -> gradients` in the order of `differentiable`, where `grads`
-            belong to the floating-point outputs: the reference, or cells by backend as above. It
-            becomes the op `<name>_backward`, which asks the same `facts`.
+        backward: `(grads, needs, *arguments) -> gradients` in the order of `differentiable`, where
+            `grads` belong to the floating-point outputs and `needs` are as many bools: a gradient
+            that is not needed may be None. The reference, or cells by backend as above. It becomes
+            the op `<name>_backward`, which asks the same `facts`.
     """
     _library.define(f"{name}({arguments}, str backend) -> {returns}")
     OPS[name] = row = _row(cells)
@@ -321,20 +322,22 @@ def _define_backward(
     names = [argument.split()[-1] for argument in arguments.split(",")]
     wanted = [names.index(argument) for argument in differentiable]
     backward_name = f"{name}_backward"
-    _library.define(f"{backward_name}(Tensor[] grads, {arguments}, str backend) -> Tensor[]")
+    schema = f"(Tensor[] grads, bool[] needs, {arguments}, str backend) -> Tensor[]"
+    _library.define(backward_name + schema)
     OPS[backward_name] = row
     backward_op = getattr(torch.ops.mistral_kernels, backward_name).default
 
-    def run(grads, *inputs_and_backend):
+    def run(grads, needs, *inputs_and_backend):
         *inputs, backend = inputs_and_backend
         # The forward's backend is a preference here: a cell may lack its backward.
         call = _call_facts(inputs[0].device, inputs[0].dtype)
         chosen = prefer(backward_name, facts=facts(*inputs), backend=backend, **call)
-        gradients = row[chosen].run(grads, *inputs)
-        return [g.to(inputs[i].dtype).contiguous() for g, i in zip(gradients, wanted, strict=True)]
+        found = zip(row[chosen].run(grads, needs, *inputs), needs, wanted, strict=True)
+        return [g.to(inputs[i].dtype).contiguous() for g, needed, i in found if needed]
 
-    def fake(grads, *inputs):
-        return [inputs[i].new_empty(inputs[i].shape) for i in wanted]
+    def fake(grads, needs, *inputs):
+        found = zip(needs, wanted, strict=True)
+        return [inputs[i].new_empty(inputs[i].shape) for needed, i in found if needed]
 
     for key in ("CPU", "CUDA"):
         _library.impl(backward_name, run, key)
@@ -356,10 +359,10 @@ def _define_backward(
         tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
         inputs = [next(tensors if is_tensor else others) for is_tensor in ctx.tensors]
         grads = [grad for grad, floating in zip(grads, ctx.floating, strict=True) if floating]
-        result: list[Tensor | None] = [None] * len(inputs)
-        for i, gradient in zip(wanted, backward_op(grads, *inputs), strict=True):
-            result[i] = gradient
-        return tuple(result)
+        needs = [ctx.needs_input_grad[i] for i in wanted]  # of a frozen weight it is not
+        gradients = iter(backward_op(grads, needs, *inputs))
+        needed = {i for i, needed in zip(wanted, needs, strict=True) if needed}
+        return tuple(next(gradients) if i in needed else None for i in range(len(inputs)))
 
     torch.library.register_autograd(
         f"mistral_kernels::{name}", differentiate, setup_context=setup_context, lib=_library

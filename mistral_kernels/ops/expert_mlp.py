@@ -91,22 +91,30 @@ def expert_mlp_reference(
     return out
 
 
-def expert_mlp_backward(grads: list[Tensor], x, w13, w2, weights, expert_ids, batch_invariant):
+def expert_mlp_backward(
+    grads: list[Tensor], needs: list[bool], x, w13, w2, weights, expert_ids, batch_invariant
+):
     dtype = compute_dtype(x.dtype)
     grad, value = grads[0].to(dtype), x.to(dtype)
-    d_x, d_w13, d_w2 = (torch.zeros_like(t, dtype=dtype) for t in (x, w13, w2))
-    d_weights = torch.zeros_like(weights, dtype=dtype)
+    d_x, d_w13, d_w2, d_weights = (
+        torch.zeros_like(t, dtype=dtype) if needed else None
+        for t, needed in zip((x, w13, w2, weights), needs, strict=True)
+    )
     for expert in range(len(w13)):
         tokens, slot = pairs_of(expert_ids, expert)
         up_weight, down_weight = w13[expert].to(dtype), w2[expert].to(dtype)
         gate_up = value[tokens] @ up_weight.mT
         hidden = silu_mul_reference(gate_up)
-        d_weights[tokens, slot] = (grad[tokens] * (hidden @ down_weight.mT)).sum(-1)
+        if d_weights is not None:
+            d_weights[tokens, slot] = (grad[tokens] * (hidden @ down_weight.mT)).sum(-1)
         d_slot = grad[tokens] * weights[tokens, slot].to(dtype)[:, None]
-        d_w2[expert] = d_slot.mT @ hidden
-        (d_gate_up,) = silu_mul_backward([d_slot @ down_weight], gate_up)
-        d_w13[expert] = d_gate_up.mT @ value[tokens]
-        d_x.index_add_(0, tokens, d_gate_up @ up_weight)
+        if d_w2 is not None:
+            d_w2[expert] = d_slot.mT @ hidden
+        (d_gate_up,) = silu_mul_backward([d_slot @ down_weight], [True], gate_up)
+        if d_w13 is not None:
+            d_w13[expert] = d_gate_up.mT @ value[tokens]
+        if d_x is not None:
+            d_x.index_add_(0, tokens, d_gate_up @ up_weight)
     return d_x, d_w13, d_w2, d_weights
 
 
@@ -198,11 +206,14 @@ def _expert_mlp_triton(
 
 
 def _expert_mlp_backward_triton(
-    grads: list[Tensor], x, w13, w2, weights, expert_ids, batch_invariant
-) -> tuple[Tensor, ...]:
+    grads: list[Tensor], needs: list[bool], x, w13, w2, weights, expert_ids, batch_invariant
+) -> tuple[Tensor | None, ...]:
     from mistral_kernels.kernels import expert_mlp_backward as kernel
 
-    gradients = tuple(tensor.new_empty(tensor.shape) for tensor in (x, w13, w2, weights))
+    gradients = tuple(
+        tensor.new_empty(tensor.shape) if needed else None
+        for tensor, needed in zip((x, w13, w2, weights), needs, strict=True)
+    )
     grad = grads[0].contiguous()  # autograd may hand over any strides
     call = grad, x, w13, w2, weights, expert_ids, *gradients, batch_invariant
     kernel.expert_mlp_backward(*call, WORKSPACE_BYTES)

@@ -28,9 +28,12 @@ def linear_reference(x: Tensor, weight: Tensor, batch_invariant: bool) -> Tensor
     return torch.cat(rows).view(*x.shape[:-1], weight.shape[0])
 
 
-def linear_backward(grads: list[Tensor], x: Tensor, weight: Tensor, batch_invariant: bool):
-    grad = grads[0]
-    return grad @ weight, grad.flatten(0, -2).mT @ x.flatten(0, -2)
+def linear_backward(
+    grads: list[Tensor], needs: list[bool], x: Tensor, weight: Tensor, batch_invariant: bool
+):
+    (grad,), (of_x, of_weight) = grads, needs
+    d_x = grad @ weight if of_x else None
+    return d_x, grad.flatten(0, -2).mT @ x.flatten(0, -2) if of_weight else None
 
 
 @functools.cache

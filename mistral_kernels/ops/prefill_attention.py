@@ -115,7 +115,7 @@ def _refuse_cache(k_cache: Tensor | None) -> None:
 
 
 def prefill_attention_backward(
-    grads: list[Tensor], q, k, v, cu_seqlens, k_cache, _v_cache, _table, _context, starts,
+    grads: list[Tensor], needs, q, k, v, cu_seqlens, k_cache, _v_cache, _table, _context, starts,
     window, causal, scale, *_,
 ):  # fmt: skip
     """Gradients of the cache-less form: p recomputed, then the chain rule through the softmax."""
@@ -185,7 +185,7 @@ def _prefill_attention_triton(q, *inputs):
     return out, lse
 
 
-def _prefill_attention_backward_triton(grads: list[Tensor], *inputs):
+def _prefill_attention_backward_triton(grads: list[Tensor], needs, *inputs):
     from mistral_kernels.kernels import prefill_attention as forward
     from mistral_kernels.kernels import prefill_attention_backward as kernel
 

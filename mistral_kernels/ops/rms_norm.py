@@ -34,18 +34,18 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
     return rms_norm_reference(summed, weight, eps), summed
 
 
-def rms_norm_backward(grads: list[Tensor], x: Tensor, weight: Tensor, eps: float):
+def rms_norm_backward(grads: list[Tensor], needs: list[bool], x: Tensor, weight: Tensor, eps):
     value = x.to(compute_dtype(x.dtype))
     grad = grads[0].to(value.dtype)
     inverse = torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
     normed = value * inverse
     d_normed = grad * weight.to(value.dtype)
     d_x = inverse * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
-    return d_x, _as_rows(grad * normed).sum(0)
+    return d_x, _as_rows(grad * normed).sum(0) if needs[-1] else None
 
 
-def add_rms_norm_backward(grads: list[Tensor], x: Tensor, residual: Tensor, weight, eps):
-    d_summed, d_weight = rms_norm_backward(grads[:1], x + residual, weight, eps)
+def add_rms_norm_backward(grads: list[Tensor], needs, x: Tensor, residual: Tensor, weight, eps):
+    d_summed, d_weight = rms_norm_backward(grads[:1], needs, x + residual, weight, eps)
     d_summed = d_summed + grads[1]
     return d_summed, d_summed.clone(), d_weight
 
@@ -107,10 +107,10 @@ def _rms_norm_triton(x, residual, weight, eps):
     return normed if summed is None else (normed, summed)
 
 
-def _add_rms_norm_backward_triton(grads, x, residual, weight, eps) -> tuple[Tensor, ...]:
+def _add_rms_norm_backward_triton(grads, needs, x, residual, weight, eps):
     from mistral_kernels.kernels import rms_norm_backward as kernel
 
-    d_x, d_weight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+    d_x, d_weight = x.new_empty(x.shape), weight.new_empty(weight.shape) if needs[-1] else None
     d_residual = None if residual is None else x.new_empty(x.shape)
     grads = [_as_rows(grad.contiguous()) for grad in grads]  # autograd may hand over any strides
     kernel.rms_norm_backward(
@@ -127,25 +127,8 @@ def _add_rms_norm_backward_triton(grads, x, residual, weight, eps) -> tuple[Tens
     return (d_x, d_weight) if d_residual is None else (d_x, d_residual, d_weight)
 
 
-def _rms_norm_backward_triton(grads, x, weight, eps) -> tuple[Tensor, ...]:
-    return _add_rms_norm_backward_triton(grads, x, None, weight, eps)
-
-
-def _too_wide(facts: dict[str, int], largest: int) -> str | None:
-    hidden = facts.get("hidden", 0)
-    return None if hidden <= largest else f"it takes hidden up to {largest}, got {hidden}"
-
-
-def _triton_refuses(facts: dict[str, int]) -> str | None:
-    from mistral_kernels.kernels.rms_norm import MAX_HIDDEN
-
-    return _too_wide(facts, MAX_HIDDEN)
-
-
-def _backward_triton_refuses(facts: dict[str, int]) -> str | None:
-    from mistral_kernels.kernels.rms_norm_backward import MAX_HIDDEN
-
-    return _too_wide(facts, MAX_HIDDEN)
+def _rms_norm_backward_triton(grads, needs, x, weight, eps):
+    return _add_rms_norm_backward_triton(grads, needs, x, None, weight, eps)
 
 
 _rms_norm = define(
@@ -156,17 +139,11 @@ _rms_norm = define(
     cells={
         "reference": rms_norm_reference,
         "cpu": Cell(lambda x, weight, eps: _rms_norm_cpu(x, None, weight, eps)),
-        "triton": Cell(
-            lambda x, weight, eps: _rms_norm_triton(x, None, weight, eps), refuses=_triton_refuses
-        ),
+        "triton": Cell(lambda x, weight, eps: _rms_norm_triton(x, None, weight, eps)),
         "cuda": Cell(lambda x, weight, eps: _rms_norm_cuda(x, None, weight, eps)),
     },
-    facts=lambda x, weight, eps: (("hidden", x.shape[-1]),),
     differentiable=("x", "weight"),
-    backward={
-        "reference": rms_norm_backward,
-        "triton": Cell(_rms_norm_backward_triton, refuses=_backward_triton_refuses),
-    },
+    backward={"reference": rms_norm_backward, "triton": Cell(_rms_norm_backward_triton)},
 )
 
 _add_rms_norm = define(
@@ -177,15 +154,11 @@ _add_rms_norm = define(
     cells={
         "reference": add_rms_norm_reference,
         "cpu": Cell(_rms_norm_cpu),
-        "triton": Cell(_rms_norm_triton, refuses=_triton_refuses),
+        "triton": Cell(_rms_norm_triton),
         "cuda": Cell(_rms_norm_cuda),
     },
-    facts=lambda x, residual, weight, eps: (("hidden", x.shape[-1]),),
     differentiable=("x", "residual", "weight"),
-    backward={
-        "reference": add_rms_norm_backward,
-        "triton": Cell(_add_rms_norm_backward_triton, refuses=_backward_triton_refuses),
-    },
+    backward={"reference": add_rms_norm_backward, "triton": Cell(_add_rms_norm_backward_triton)},
 )
 
 

@@ -128,12 +128,12 @@ def _rope_in_place_triton(q, k, *rest) -> None:
     _rotate_triton(q, k, *rest, out_q=q, out_k=k)
 
 
-def rope_backward(grads: list[Tensor], q, k, cos, sin, positions, interleaved, q_scale):
+def rope_backward(grads: list[Tensor], needs, q, k, cos, sin, positions, interleaved, q_scale):
     # A rotation's transpose is the rotation by the opposite angle.
     return rope_reference(grads[0], grads[1], cos, -sin, positions, interleaved, q_scale)
 
 
-def _rope_backward_triton(grads: list[Tensor], q, k, *rest) -> tuple[Tensor, Tensor]:
+def _rope_backward_triton(grads: list[Tensor], needs, q, k, *rest) -> tuple[Tensor, Tensor]:
     d_q, d_k = (grad.contiguous() for grad in grads)  # autograd hands over expanded scalars too
     return _rope_triton(d_q, d_k, *rest, inverse=True)
 

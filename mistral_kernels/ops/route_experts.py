@@ -36,7 +36,7 @@ def route_experts_reference(logits: Tensor, top_k: int, positions: Tensor | None
     return weights, expert_ids.contiguous()
 
 
-def route_experts_backward(grads: list[Tensor], logits: Tensor, top_k: int, positions):
+def route_experts_backward(grads: list[Tensor], needs, logits: Tensor, top_k: int, positions):
     weights, expert_ids = route_experts_reference(logits, top_k, positions)
     grad = grads[0].to(weights.dtype)
     d_chosen = weights * (grad - (grad * weights).sum(-1, keepdim=True))
@@ -91,7 +91,7 @@ def _route_experts_triton(logits: Tensor, top_k: int, positions: Tensor | None):
     return weights, expert_ids
 
 
-def _route_experts_backward_triton(grads: list[Tensor], logits: Tensor, top_k: int, positions):
+def _route_experts_backward_triton(grads: list[Tensor], needs, logits, top_k: int, positions):
     from mistral_kernels.kernels import route_experts as kernel
 
     d_logits = logits.new_empty(logits.shape)

@@ -25,7 +25,7 @@ def silu_mul_reference(gate_up: Tensor) -> Tensor:
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
-def silu_mul_backward(grads: list[Tensor], gate_up: Tensor):
+def silu_mul_backward(grads: list[Tensor], needs: list[bool], gate_up: Tensor):
     gate, up = gate_up.to(compute_dtype(gate_up.dtype)).chunk(2, -1)
     grad = grads[0].to(gate.dtype)
     sigmoid = torch.sigmoid(gate)
@@ -76,7 +76,7 @@ def _silu_mul_triton(gate_up: Tensor) -> Tensor:
     return out
 
 
-def _silu_mul_backward_triton(grads: list[Tensor], gate_up: Tensor) -> tuple[Tensor]:
+def _silu_mul_backward_triton(grads: list[Tensor], needs, gate_up: Tensor) -> tuple[Tensor]:
     from mistral_kernels.kernels import silu_mul as kernel
 
     d_gate_up = gate_up.new_empty(gate_up.shape)
