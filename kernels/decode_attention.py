@@ -168,6 +168,7 @@ def decode_attention_kernel(
             v_slot += page * stride_v_page
         k_slot += row * stride_k_slot + offs_d[None, :]
         v_slot += row * stride_v_slot + offs_d[None, :]
+        kept = mask_d & (page >= 0)  # a slot without a page keeps nothing
         if k_ptr is not None:
             k_row = k_ptr + batch * stride_k_batch + head * stride_k_head
             v_row = v_ptr + batch * stride_v_batch + head * stride_v_head
@@ -181,11 +182,11 @@ def decode_attention_kernel(
             if CACHE_FORMAT is not None:
                 k_new = as_stored(k_new.to(tl.float32), k_scale, CACHE_FORMAT)
                 v_new = as_stored(v_new.to(tl.float32), v_scale, CACHE_FORMAT)
-            tl.store(k_slot, k_new, mask=mask_d)
-            tl.store(v_slot, v_new, mask=mask_d)
+            tl.store(k_slot, k_new, mask=kept)
+            tl.store(v_slot, v_new, mask=kept)
         else:
-            k_new = tl.load(k_slot, mask=mask_d, other=0)
-            v_new = tl.load(v_slot, mask=mask_d, other=0)
+            k_new = tl.load(k_slot, mask=kept, other=0)
+            v_new = tl.load(v_slot, mask=kept, other=0)
         if first <= position:  # else `starts` hides it
             new_key = expanded(k_new, dtype, CACHE_FORMAT).to(tl.float32)
             top = tl.sum(q.to(tl.float32) * new_key, axis=1) * score_scale

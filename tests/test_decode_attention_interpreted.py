@@ -199,6 +199,20 @@ def test_bits_do_not_depend_on_capacity_or_neighbours(kernel):
     assert_same_results(alone, [x[1:2] for x in expected], "alone")
 
 
+def test_a_slot_without_a_page_is_not_written(kernel):
+    # The op refuses such a table on the CPU; on a GPU it cannot look.
+    for table, position in ([0, -1], 16), ([-1], 5):
+        q, k, v = (torch.ones(1, heads, 16) for heads in (2, 1, 1))
+        memory = torch.zeros(2, 16, 1, 16)  # a page before the caches
+        table = torch.tensor([table], dtype=torch.int32)
+        out, lse = torch.empty_like(q), torch.empty(1, 2)
+        kernel.decode_attention(
+            q, k, v, memory[1:], memory[1:], table, torch.tensor([position], dtype=torch.int32),
+            None, None, True, 1, None, None, 1.0, None, None, None, False, out, lse,
+        )  # fmt: skip
+        assert (out == 1).all() and (memory == 0).all()
+
+
 def test_slots_2_gb_apart(kernel):
     apart = 2**30  # elements: the third slot begins at 2^31
     memory = torch.empty(2 * apart + 32, dtype=torch.float16)
