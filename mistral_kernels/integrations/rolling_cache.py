@@ -13,9 +13,17 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from mistral_kernels.integrations.attention_plan import AttentionPlan, require
-from mistral_kernels.ops import decode_attention, prefill_attention, store_kv_
+from mistral_kernels.integrations.attention_plan import (
+    NOT_QUANTISED,
+    AttentionPlan,
+    packed,
+    refuse_gradient,
+    require,
+)
 from mistral_kernels.ops.checks import is_int
+from mistral_kernels.ops.dispatch import BoundOp
+
+STORE = BoundOp("store_kv_", "auto")
 
 FULL, WINDOWED = "full_attention", "sliding_attention"
 GROWTH = 1.25  # of a layer without a window, each time it is full: what is copied stays linear
@@ -176,22 +184,17 @@ class RollingLayer(CacheLayerMixin):
                 f"RollingCache: a layer attends over a window of {window}, but its ring was made"
                 f" for {self.window}; make the cache from this model's config"
             )
+        refuse_gradient(q, keys, values)
         tokens = keys.shape[2]
-        q = q.to(self.dtype)
-        k, v = (x.transpose(1, 2).flatten(0, 1).to(self.dtype) for x in (keys, values))
+        k, v = (packed(x).to(self.dtype) for x in (keys, values))
         if plan is None:
             plan = AttentionPlan.of_batch(
                 self.batch_size, tokens, context=self.length, starts=None, device=self.device
             )
         ring = (self.keys, self.values, self.block_table)
-        how = {"window": window, "starts": plan.starts, "scale": scale}
-        if tokens == 1:
-            out, _ = decode_attention(q, k, v, *ring, plan.context_lens, **how)
-        else:
-            named = dict(zip(("k_cache", "v_cache", "block_table"), ring, strict=True))
-            how |= named | {"context_lens": plan.context_lens}
-            out, _ = prefill_attention(q, k, v, plan.cu_seqlens, **how)
-            store_kv_(k, v, *ring, plan.cu_seqlens, plan.context_lens)
+        out = plan.attend(q.to(self.dtype), k, v, ring, window=window, scale=scale)
+        if tokens > 1:
+            STORE(k, v, *ring, plan.cu_seqlens, plan.context_lens, *NOT_QUANTISED)
         self._advance(tokens)
         return out
 

@@ -23,8 +23,9 @@ except ImportError as error:
 from mistral_kernels.integrations.rolling_cache import RollingCache
 from mistral_kernels.integrations.transformers_attention import attention_function, mask_function
 from mistral_kernels.integrations.transformers_experts import experts_function
+from mistral_kernels.integrations.transformers_parts import disable, enable
 
-__all__ = ["NAME", "RollingCache"]
+__all__ = ["NAME", "RollingCache", "disable", "enable"]
 
 NAME = "mistral_kernels"
 

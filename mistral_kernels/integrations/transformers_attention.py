@@ -7,11 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mistral_kernels.integrations.attention_plan import AttentionPlan, require
+from mistral_kernels.integrations.attention_plan import (
+    SWITCH,
+    AttentionPlan,
+    packed,
+    refuse_gradient,
+    require,
+)
 from mistral_kernels.integrations.rolling_cache import NewTokens
-from mistral_kernels.ops import decode_attention, prefill_attention
 
-SWITCH = 'attn_implementation="mistral_kernels"'
 # What models pass on to attention, and what would be lost if it were not looked at.
 REFUSED = {
     "softcap": "soft-capped scores",
@@ -153,7 +157,7 @@ def attention_function(
     plan = None if attention_mask is None else AttentionPlan.from_mask(attention_mask)
     how = {"window": sliding_window, "scale": scaling}
     if isinstance(key, NewTokens):
-        out = key.attend(_packed(query), plan, **how)
+        out = key.attend(packed(query), plan, **how)
     else:
         # Under autocast rotated tensors are float32 and others are not.
         query, key = query.to(value.dtype), key.to(value.dtype)
@@ -168,14 +172,13 @@ def _attend(
     """(batch * tokens, q_heads, head_dim) of keys that lie in tensors of transformers' own."""
     batch, _, tokens, _ = query.shape
     keys = key.shape[2]
-    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if keys == tokens:
         if plan is None:
             plan = AttentionPlan.of_batch(
                 batch, tokens, context=0, starts=None, device=query.device
             )
-        how |= {"causal": causal, "starts": plan.starts}
-        return prefill_attention(*map(_packed, (query, key, value)), plan.cu_seqlens, **how)[0]
+        rows = map(packed, (query, key, value))
+        return plan.attend(*rows, None, causal=causal, **how)
     if plan is None or not causal:
         raise ValueError(f"{SWITCH}: {keys} keys for {tokens} queries need a causal attention_mask")
     if how["window"] == 1:
@@ -183,31 +186,7 @@ def _attend(
             f"{SWITCH}: the sliding caches of transformers keep the wrong keys for a window of 1;"
             " use RollingCache"
         )
-    if wants_gradient:
-        raise RuntimeError(
-            f"{SWITCH} has no gradient through a filled cache: call the model with use_cache=False,"
-            " or under torch.no_grad()"
-        )
-    # transformers' buffer, read where it is as a ring of one page a sequence that never wraps.
+    refuse_gradient(query, key, value)
+    # transformers' buffer, read where it lies, as a ring of one page a sequence that never wraps.
     ring = (key.transpose(1, 2), value.transpose(1, 2), plan.pages[:, None])
-    how["starts"] = plan.starts
-    if tokens == 1:
-        return decode_attention(
-            query.squeeze(2), None, None, *ring, plan.context_lens, **how
-        )[0]
-    return prefill_attention(
-        _packed(query),
-        None,
-        None,
-        plan.cu_seqlens,
-        k_cache=ring[0],
-        v_cache=ring[1],
-        block_table=ring[2],
-        context_lens=plan.context_lens,
-        **how,
-    )[0]
-
-
-def _packed(x: Tensor) -> Tensor:
-    """(batch, heads, tokens, head_dim) -> (batch * tokens, heads, head_dim)."""
-    return x.transpose(1, 2).flatten(0, 1)
+    return plan.attend(packed(query), None, None, ring, **how)
