@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from mistral_kernels.ops import expert_mlp
 from mistral_kernels.ops.checks import compute_dtype
+from mistral_kernels.ops.dispatch import BoundOp
+
+EXPERT_MLP = BoundOp("expert_mlp", "auto")
 
 SWITCH = 'experts_implementation="mistral_kernels"'
 SILU = tuple({type(ACT2FN[name]) for name in ("silu", "swish")})
@@ -21,7 +23,7 @@ WANTED = {
 }
 
 
-def _check(experts: nn.Module) -> None:
+def _check(experts: nn.Module, w13: Tensor, w2: Tensor) -> None:
     for name, wanted in WANTED.items():
         if getattr(experts, name, wanted) != wanted:
             raise ValueError(
@@ -34,6 +36,12 @@ def _check(experts: nn.Module) -> None:
         raise ValueError(
             f"{SWITCH}: {type(experts).__name__} must compute silu(gate) * up; use"
             ' "grouped_mm"'
+        )
+    (count, rows, hidden), down = w13.shape, w2.shape
+    if down != (count, hidden, rows // 2) or w13.stride(2) != 1 or w2.stride(2) != 1:
+        raise ValueError(
+            f"{SWITCH}: gate_up_proj and down_proj must be (experts, 2 * ffn_dim, hidden) and"
+            f" (experts, hidden, ffn_dim), got {tuple(w13.shape)} and {tuple(w2.shape)}"
         )
 
 
@@ -56,13 +64,14 @@ def experts_function(
     Raises:
         ValueError: experts of another form; the text says what to use instead.
     """
-    _check(experts)
     w13, w2 = experts.gate_up_proj, experts.down_proj
-    out = expert_mlp(
-        hidden_states.to(w13.dtype),
+    _check(experts, w13, w2)
+    out = EXPERT_MLP(
+        hidden_states.to(w13.dtype).contiguous(),
         w13,
         w2,
-        top_k_weights.to(compute_dtype(w13.dtype)),
-        top_k_index.to(torch.int32),
+        top_k_weights.to(compute_dtype(w13.dtype)).contiguous(),
+        top_k_index.to(torch.int32).contiguous(),
+        False,  # batch_invariant
     )
     return out.to(hidden_states.dtype)

@@ -13,10 +13,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from mistral_kernels.integrations.attention_plan import packed
 from mistral_kernels.integrations.transformers_experts import SILU
-from mistral_kernels.ops import linear, rms_norm, rope, route_experts, silu_mul
+from mistral_kernels.ops import rms_norm
 from mistral_kernels.ops.checks import compute_dtype
+from mistral_kernels.ops.dispatch import BoundOp
+
+NAMES = ("linear", "rms_norm", "rope", "route_experts", "silu_mul")
+LINEAR, RMS_NORM, ROPE, ROUTE_EXPERTS, SILU_MUL = (BoundOp(name, "auto") for name in NAMES)
 
 FAMILIES = ("llama", "ministral", "ministral3", "mistral", "mixtral", "qwen2", "qwen3")
 MODULES = {f"transformers.models.{name}.modeling_{name}" for name in FAMILIES}
@@ -34,24 +40,37 @@ class Rotation(NamedTuple):
 
 def norm_forward(self: nn.Module, x: Tensor) -> Tensor:
     """RMSNorm, rounded once; in the wider dtype where x and the weight differ, as torch does."""
-    dtype = torch.promote_types(x.dtype, self.weight.dtype)
-    return rms_norm(x.to(dtype), self.weight.to(dtype), self.variance_epsilon)
+    weight = self.weight
+    if x.dtype == weight.dtype and _rows_lie_well(x, weight.shape[0]):
+        return RMS_NORM(x, weight, self.variance_epsilon)
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return rms_norm(x.to(dtype).contiguous(), weight.to(dtype), self.variance_epsilon)
 
 
 def linear_forward(self: nn.Linear, x: Tensor) -> Tensor:
-    return linear(x, self.weight)
+    weight = self.weight
+    fits = x.dtype == weight.dtype and x.dim() > 1 and _rows_lie_well(x, weight.shape[1])
+    if fits and not torch.is_autocast_enabled("cpu"):
+        return LINEAR(x, weight, False)
+    # Autocast, one vector, or a mistake: torch has the answer.
+    return functional.linear(x, weight)
 
 
 def feed_forward(self: nn.Module, x: Tensor) -> Tensor:
     gate_up = torch.cat((self.gate_proj(x), self.up_proj(x)), -1)
-    return self.down_proj(silu_mul(gate_up))
+    return self.down_proj(SILU_MUL(gate_up))
 
 
 def router_forward(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixtral's router; a softmax over the chosen logits is the chosen share of the softmax."""
-    logits = linear(x.reshape(-1, self.hidden_dim), self.weight)
-    weights, expert_ids = route_experts(logits, self.top_k)
+    """Mixtral's router; a softmax over the chosen logits is their share of the whole softmax."""
+    logits = linear_forward(self, x.reshape(-1, self.hidden_dim))
+    weights, expert_ids = ROUTE_EXPERTS(logits, self.top_k, None)
     return logits, weights, expert_ids.long()
+
+
+def _rows_lie_well(x: Tensor, columns: int) -> bool:
+    """What the public functions check and kernels rely on."""
+    return x.shape[-1] == columns and x.stride(-1) == 1
 
 
 def tables_forward(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Rotation, Rotation]:
@@ -70,8 +89,8 @@ def tables_forward(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Ro
 def rotate(q: Tensor, k: Tensor, rotation: Rotation, _: Rotation, **layout) -> tuple[Tensor, ...]:
     """q and k are (batch, heads, tokens, head_dim), as views of (batch, tokens, heads, head_dim)."""
     batch, _, tokens, _ = q.shape
-    rows = (x.transpose(1, 2).flatten(0, 1) for x in (q, k))
-    turned = rope(*rows, *rotation, interleaved=False)
+    rows = (packed(x) for x in (q, k))
+    turned = ROPE(*rows, *rotation, False, None)
     return tuple(x.view(batch, tokens, *x.shape[1:]).transpose(1, 2) for x in turned)
 
 
