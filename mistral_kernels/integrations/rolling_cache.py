@@ -165,7 +165,10 @@ class RollingLayer(CacheLayerMixin):
     def _grow(self, slots: int) -> None:
         with torch.inference_mode(False):
             keys, values, table = self._pages(slots)
-            kept, before = table[:, : self.block_table.shape[1]].flatten(), self.block_table.flatten()
+            kept, before = (
+                table[:, : self.block_table.shape[1]].flatten(),
+                self.block_table.flatten(),
+            )
             keys[kept], values[kept] = self.keys[before], self.values[before]
             self.keys, self.values, self.block_table = keys, values, table
 

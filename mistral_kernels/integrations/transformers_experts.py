@@ -34,8 +34,7 @@ def _check(experts: nn.Module, w13: Tensor, w2: Tensor) -> None:
     own = gate is not None and gate.__module__ != "transformers.integrations.moe"
     if own or not isinstance(experts.act_fn, SILU):
         raise ValueError(
-            f"{SWITCH}: {type(experts).__name__} must compute silu(gate) * up; use"
-            ' "grouped_mm"'
+            f'{SWITCH}: {type(experts).__name__} must compute silu(gate) * up; use "grouped_mm"'
         )
     (count, rows, hidden), down = w13.shape, w2.shape
     if down != (count, hidden, rows // 2) or w13.stride(2) != 1 or w2.stride(2) != 1:
