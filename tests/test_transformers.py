@@ -1,4 +1,4 @@
-"""`attn_implementation="mistral_kernels"` gives what eager attention gives, or says why it does not."""
+"""`attn_implementation="mistral_kernels"` gives what eager attention gives, or says why not."""
 
 import pytest
 import torch
@@ -54,10 +54,13 @@ def test_as_eager(window):
     assert_as_eager(alone, expected[0][:1])
 
 
+WINDOW = {"sliding_window": 5}
+
+
 @pytest.mark.parametrize(
     "family, fields",
     [
-        ("Mixtral", {"sliding_window": 5, **MOE}),
+        ("Mixtral", WINDOW | MOE),
         (
             "Ministral",
             {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},

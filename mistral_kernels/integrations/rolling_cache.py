@@ -165,11 +165,9 @@ class RollingLayer(CacheLayerMixin):
     def _grow(self, slots: int) -> None:
         with torch.inference_mode(False):
             keys, values, table = self._pages(slots)
-            kept, before = (
-                table[:, : self.block_table.shape[1]].flatten(),
-                self.block_table.flatten(),
-            )
-            keys[kept], values[kept] = self.keys[before], self.values[before]
+            old = self.block_table
+            kept = table[:, : old.shape[1]].flatten()
+            keys[kept], values[kept] = self.keys[old.flatten()], self.values[old.flatten()]
             self.keys, self.values, self.block_table = keys, values, table
 
     def attend(

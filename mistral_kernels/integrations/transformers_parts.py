@@ -87,7 +87,8 @@ def tables_forward(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Ro
 
 
 def rotate(q: Tensor, k: Tensor, rotation: Rotation, _: Rotation, **layout) -> tuple[Tensor, ...]:
-    """q and k are (batch, heads, tokens, head_dim), as views of (batch, tokens, heads, head_dim)."""
+    """Rotates q and k, (batch, heads, tokens, head_dim) each; no copy where they are views of
+    (batch, tokens, heads, head_dim)."""
     batch, _, tokens, _ = q.shape
     rows = (packed(x) for x in (q, k))
     turned = ROPE(*rows, *rotation, False, None)
