@@ -75,7 +75,8 @@ class AttentionPlan(NamedTuple):
         # Compiled, the number of sequences is unknown: those too many have no rows.
         zeros = torch.zeros_like(offsets)
         pages = torch.arange(len(offsets), device=begins.device, dtype=torch.int32)
-        return cls(functional.pad(offsets, (0, 1), value=rows), zeros, zeros, pages)
+        end = torch.full_like(offsets[:1], rows)
+        return cls(torch.cat((offsets, end)), zeros, zeros, pages)
 
     def as_mask(self) -> Tensor:
         """(1, 1, 4, sequences + 1), int32."""
