@@ -96,12 +96,13 @@ def test_text_part_of_a_multimodal_model():
     assert_as_eager(fed(model, ids, mask, RollingCache(model.config), CHUNKS), expected, mask)
 
 
-def test_bfloat16():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
     ids, mask = padded(random_ids(3, 30), 30, 23, 12).values()
     visible = mask.bool()
     exact, eager, ours = (
-        stock("Mixtral", dtype, sliding_window=5, num_local_experts=4, num_experts_per_tok=4)
-        for dtype in (torch.float64, torch.bfloat16, torch.bfloat16)
+        stock("Mixtral", kind, sliding_window=5, num_local_experts=4, num_experts_per_tok=4)
+        for kind in (torch.float64, dtype, dtype)
     )
     # As float64 has them: rounding must not be told apart from rounded weights.
     exact.load_state_dict({k: v.double() for k, v in eager.state_dict().items()})
@@ -136,8 +137,10 @@ def test_refusals():
         model(ids[:, :1], attention_mask=hole[:, :1], past_key_values=cache)
     with pytest.raises(ValueError, match="output_attentions.*eager"):
         model(ids, output_attentions=True)
-    with torch.enable_grad(), pytest.raises(RuntimeError, match="use_cache=False"):
-        model(ids, past_key_values=RollingCache(model.config))
+    full = switched(stock("Llama"))
+    for other, kept in (model, cache), (full, StaticCache(config=full.config, max_cache_len=9)):
+        with torch.enable_grad(), pytest.raises(RuntimeError, match="use_cache=False"):
+            other(ids, past_key_values=kept)
     chunked = stock("Llama")
     chunked.config.is_causal = False
     with pytest.raises(ValueError, match="bidirectional"):
