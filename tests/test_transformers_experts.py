@@ -49,7 +49,7 @@ def test_experts_of_another_form_are_refused(name, value, message):
         experts_function(experts, torch.zeros(1, 64), torch.zeros(1, 2), torch.zeros(1, 2))
 
 
-def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def gradients(model: torch.nn.Module, use_cache: bool = False) -> dict[str, torch.Tensor]:
     """Gradients of a language model's loss on a padded batch, at parameters that want one."""
     batch = padded(random_ids(3, 17), 17, 9, 1)
     # A first token's label would be asked of the padding before it.
@@ -57,7 +57,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     labels = labels.masked_fill(labels == 0, -100)
     model.train()
     model.zero_grad()
-    model(**batch, labels=labels, use_cache=False).loss.backward()
+    model(**batch, labels=labels, use_cache=use_cache).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -76,6 +76,7 @@ def test_gradients(parts):
     if parts:
         enable(model)
     assert_same_gradients(gradients(model), expected)
+    assert_same_gradients(gradients(model, use_cache=True), expected)  # of an empty DynamicCache
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same_gradients(gradients(model), expected)
 

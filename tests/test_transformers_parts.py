@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from stock_models import MOE, fed, padded, random_ids, stock, switched
 from tolerance import AS_EAGER, assert_same
 
@@ -103,6 +104,25 @@ def test_saved_and_autocast(tmp_path):
     with torch.autocast("cpu", torch.bfloat16):
         peer, ours = again(ids).logits, switched(model)(ids).logits
     assert error(ours, expected).within(low_precision_limit(error(peer, expected)))
+
+
+def test_hooks_of_accelerate_stay():
+    model = stock("Mistral")
+    ids, seen = random_ids(1, 5), []
+
+    class Watch(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(type(module).__name__)
+            return args, kwargs
+
+    expected = model(ids).logits
+    add_hook_to_module(model.model.norm, Watch())
+    assert enable(model)["model.norm"] == "rms_norm"
+    assert error(model(ids).logits, expected).within(AS_EAGER)
+    assert seen == ["MistralRMSNorm"]
+    disable(model)
+    assert_same(model(ids).logits, expected, "put back")
+    assert len(seen) == 2
 
 
 def test_without_transformers_the_import_says_how_to_get_it():
