@@ -12,11 +12,14 @@ keeps what the windows need.
 from __future__ import annotations
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, __version__
     from transformers.integrations.moe import ExpertsInterface
+
+    if tuple(map(int, __version__.split(".")[:2])) < (5, 17):
+        raise ImportError(f"transformers is {__version__}")
 except ImportError as error:
     raise ImportError(
-        "mistral_kernels.integrations.transformers needs transformers >= 5.17:"
+        f"mistral_kernels.integrations.transformers needs transformers >= 5.17 ({error}):"
         " pip install 'mistral_kernels[hf]'"
     ) from error
 
