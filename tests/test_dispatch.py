@@ -174,6 +174,20 @@ def test_a_bound_op_asks_again_where_its_cell_wants_that(inference, auto, instal
     assert bound.backend == "cpu", "what it prefers, for info"
 
 
+def test_a_bound_op_may_leave_every_choice_open(monkeypatch):
+    """And goes past torch's dispatcher in no_grad as in inference mode: `generate()` runs there."""
+    bound = dispatch.BoundOp("rms_norm", "auto")
+    called = []
+    monkeypatch.setattr(bound, "_op", lambda *inputs: called.append(inputs[-1]))
+    x, weight = torch.full((2, 8), 3.0), torch.ones(8)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            torch.testing.assert_close(bound(x, weight, 0.0), torch.ones(2, 8))
+    assert called == []
+    bound(x, weight, 0.0)
+    assert called == ["auto"], "autograd must see the op"
+
+
 def test_reference_is_always_available():
     assert dispatch.unavailable("reference") is None
     for backend in dispatch.BACKENDS:

@@ -190,25 +190,27 @@ def prefer(op: str, *, backend: str, **call) -> str:
 
 
 class BoundOp:
-    """An op with its backend chosen once, for a caller whose arguments are known to fit: a model.
+    """An op for a caller whose arguments are known to fit: a model.
 
-    It takes the arguments of the schema without `backend`, and checks none of them. In inference
-    mode it calls the cell itself where torch's dispatcher would only add to the microseconds: for
-    plain tensors, while nobody traces, profiles or intercepts. Where the chosen cell
-    `asks_each_call`, each call chooses anew and prefers it.
+    It takes the arguments of the schema without `backend`, and checks none of them. Without
+    gradients it calls the cell itself where torch's dispatcher would only add to the microseconds:
+    for plain tensors, while nobody traces, profiles or intercepts. Where the chosen cell
+    `asks_each_call`, each call chooses anew and prefers it; with backend "auto" each call chooses.
     """
 
     def __init__(self, name: str, backend: str):
         self.name, self.backend = name, backend
-        cell, run = OPS[name][backend], _runs[name]
-        self._choice = choice = backend + OR_AUTO if cell.asks_each_call else backend
-        self._run = (lambda *inputs: run(*inputs, choice)) if cell.asks_each_call else cell.run
+        run = _runs[name]
+        asks = backend != "auto" and OPS[name][backend].asks_each_call
+        self._choice = choice = backend + OR_AUTO if asks else backend
+        chosen = backend != "auto" and not asks
+        self._run = OPS[name][backend].run if chosen else lambda *inputs: run(*inputs, choice)
         self._op = getattr(torch.ops.mistral_kernels, name).default
 
     def __call__(self, *inputs):
         watched = (
             torch.compiler.is_dynamo_compiling()
-            or not torch.is_inference_mode_enabled()
+            or torch.is_grad_enabled()
             or torch._C._len_torch_dispatch_stack()
             or torch.autograd._profiler_enabled()
             or type(inputs[0]) is not Tensor

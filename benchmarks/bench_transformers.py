@@ -1,0 +1,67 @@
+"""transformers' generate() with its defaults, and the same model switched to our kernels.
+
+Both share one set of weights. "switches": attn_implementation and experts_implementation alone,
+with transformers' own cache; ours has `enable` and a `RollingCache` too. Times are those of a new
+token, with its share of a short prompt and of generate()'s own work. Greedy tokens are compared in
+float32; in bfloat16 two near logits may change places.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from benchmarks import peers
+from benchmarks.bench_model import SIZES, TINY, Shape, random_model, work_of
+from benchmarks.timing import OURS
+
+OP = "transformers"
+PROMPT = 16
+STEPS = 24  # new tokens of a timed call
+ROUNDS = 5
+
+SHAPES = {
+    "tiny": {name: Shape(PROMPT, 1, *size) for name, size in TINY.items()},
+    "cpu": {name: Shape(PROMPT, 1, *size) for name, size in SIZES.items()},
+    "cuda": {},
+}
+
+
+def test_generate(bench, shape, dtype):
+    if not peers.installed():
+        pytest.skip("transformers is not installed")
+    from mistral_kernels.integrations.transformers import NAME, RollingCache, enable
+
+    model = random_model(shape, dtype)
+    theirs = peers.Peer(model).model
+    switches, ours = (twin(theirs) for _ in range(2))
+    for switched in (switches, ours):
+        switched.set_attn_implementation(NAME)
+        switched.set_experts_implementation(NAME)
+    enable(ours)
+    prompt = torch.randint(shape.vocab, (1, PROMPT))
+    how = {
+        "attention_mask": torch.ones_like(prompt),
+        "max_new_tokens": STEPS,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+
+    def generate(model, **cache) -> torch.Tensor:
+        return model.generate(prompt, **how, **cache)
+
+    calls = {
+        OURS: lambda: generate(ours, past_key_values=RollingCache(ours.config)),
+        peers.NAME: lambda: generate(theirs),
+        "switches": lambda: generate(switches),
+    }
+    work = work_of(model.config, shape, dtype)
+    alike = dtype == torch.float32
+    bench(calls.pop(OURS), tuple, work, calls, compare=alike, rounds=ROUNDS, steps=STEPS)
+
+
+def twin(model: torch.nn.Module) -> torch.nn.Module:
+    """Another model on the same parameters."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    return copy.deepcopy(model, shared)

@@ -1,0 +1,1 @@
+"""Where other libraries plug these kernels in; each module needs the library it is named after."""
