@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for folder in ("mistral_kernels", "mistral_kernels/ops", "mistral_kernels/model")
-    for path in sorted((ROOT / folder).glob("*.py"))
+    for folder in ("", "ops", "model", "integrations")
+    for path in sorted((ROOT / "mistral_kernels" / folder).glob("*.py"))
     if re.search(r"^ *>>> ", path.read_text(encoding="utf-8"), re.MULTILINE)
 ]
 

@@ -8,7 +8,7 @@ the second's first 2 are padding:
 
 >>> plan = AttentionPlan.of_batch(2, 3, context=5, starts=torch.tensor([0, 2]), device="cpu")
 >>> plan.as_mask().tolist()
-[[[[0, 3, 6], [5, 5, 0], [0, 2, 0], [0, 1, 2]]]]
+[[[[0, 3, 6], [5, 5, 0], [0, 2, 0], [0, 1, 0]]]]
 >>> AttentionPlan.from_mask(plan.as_mask()).starts.tolist()
 [0, 2]
 """
