@@ -24,6 +24,17 @@ SIZES = {
     "initializer_range": 0.2,
     "pad_token_id": 0,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 2.0,
+    "beta_slow": 0.25,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 MOE = {"num_local_experts": 5, "num_experts_per_tok": 2}
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stock_models import YARN
 from tiny_models import feed, feed_all, random_prompts
 from transformers import (
     AutoModelForCausalLM,
@@ -20,17 +21,6 @@ from mistral_kernels.tolerance import error, fp32_limit
 logging.disable_progress_bar()
 
 VOCAB = 61
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e6,
-    "factor": 4.0,
-    "original_max_position_embeddings": 8,
-    "beta_fast": 2.0,
-    "beta_slow": 0.25,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
-}
 FAMILIES = {
     "mistral": (MistralConfig, {"sliding_window": 6}),
     "mistral-full": (MistralConfig, {"sliding_window": None}),

@@ -8,23 +8,12 @@ import pytest
 import torch
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
-from stock_models import MOE, fed, padded, random_ids, stock, switched
+from stock_models import MOE, YARN, fed, padded, random_ids, stock, switched
 from tolerance import AS_EAGER, assert_same
 
 from mistral_kernels.integrations.transformers import RollingCache, disable, enable
 from mistral_kernels.tolerance import error, low_precision_limit
 
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e6,
-    "factor": 4.0,
-    "original_max_position_embeddings": 8,
-    "beta_fast": 2.0,
-    "beta_slow": 0.25,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
-}
 FAMILIES = {
     "Mistral": {"sliding_window": 5},
     "Mixtral": {"sliding_window": 5} | MOE,
