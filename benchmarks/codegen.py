@@ -112,7 +112,8 @@ def find_jobs(
     Args:
         archs: those of ARCHS to compile for.
         only: names of kernels, or of files without their ending; empty: all there are.
-        headline: those of ARCHS to compile one headline shape of each Triton kernel for.
+        headline: those of ARCHS to compile one headline shape of each Triton kernel for, unless
+            `archs` has it, too.
         scope: which of Triton's cases to compile for `archs`, one of SCOPES.
     """
     jobs, declared, predictions, stems = [], set(), [], []
@@ -123,8 +124,8 @@ def find_jobs(
         predictions += [row for row in triton_predictions(module) if row.kernel in wanted]
         stems += [stem] if wanted else []
     names = sorted(kernel for _, kernel in declared)
-    for first, arch in product(range(0, len(stems), BATCH), (*archs, *headline)):
-        scope_there = "headline" if arch in headline else scope
+    scopes = dict.fromkeys((*archs, *headline), "headline") | dict.fromkeys(archs, scope)
+    for first, (arch, scope_there) in product(range(0, len(stems), BATCH), scopes.items()):
         jobs.append((stems[first : first + BATCH], arch, names, scope_there))
     nvcc = compilers.find_nvcc()
     for path in compilers.cuda_files() if nvcc else []:

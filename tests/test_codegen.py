@@ -204,6 +204,11 @@ def test_a_triton_kernel_without_a_case_is_noticed(module_of, monkeypatch, capsy
     assert shown.count("has no mma") == 2 and "shown_kernel (Triton): not" not in shown
     assert codegen.main(["--archs", "sm_80", "--kernel", "shown_kernel"]) == 1
     assert "not in the table" not in capsys.readouterr().out.replace(".cu files are not", "")
+    jobs, _, _ = codegen.find_jobs(["sm_80"], ["shown_kernel"], ["sm_80", "sm_90a"])
+    assert [(arch, scope) for _, arch, _, scope in jobs] == [
+        ("sm_80", "all"),
+        ("sm_90a", "headline"),
+    ], "a headline takes nothing from what is compiled anyway"
     with pytest.raises(SystemExit):
         codegen.main(["--kernel", "no_kernel"])
 
