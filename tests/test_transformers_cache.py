@@ -151,7 +151,6 @@ def test_refusals():
     with pytest.raises(RuntimeError, match="layer 1 holds 5 tokens before 5 new ones, layer 0 15"):
         model(ids, past_key_values=cache)
     cache.reset()
-
     logits = fed(other, ids, torch.ones_like(ids), cache, (4, 1))
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
     narrow = RollingCache(stock(sliding_window=4).config)
