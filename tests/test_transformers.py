@@ -69,6 +69,13 @@ WINDOW = {"sliding_window": 5}
         ("Llama", {}),
         ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
         ("Qwen3", {}),
+        # These two tell the window to their mask alone.
+        (
+            "Qwen2Moe",
+            {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+            | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        ),
+        ("Phimoe", {"sliding_window": 5, "num_local_experts": 4}),
     ],
 )
 def test_families(family, fields, tmp_path):

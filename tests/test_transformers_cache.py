@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stock_models import MOE, padded, random_ids, stock, switched
+from stock_models import MOE, fed, padded, random_ids, stock, switched
 from torch import Tensor
 from transformers import StaticCache
 
@@ -140,6 +140,19 @@ def test_refusals():
     model(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="holds 2 sequences, got 1; reset"):
         model(ids[:1], past_key_values=cache)
+    other = stock(sliding_window=WINDOW, num_key_value_heads=1)
+    expected = other(ids, use_cache=False).logits
+    switched(other)
+    with pytest.raises(ValueError, match=r"\(kv_heads, head_dim\) \(2, 16\), got \(1, 16\)"):
+        other(ids, past_key_values=cache)
+    with pytest.raises(ZeroDivisionError):
+        with model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: 1 / 0):
+            model(ids, past_key_values=cache)
+    with pytest.raises(RuntimeError, match="layer 1 holds 5 tokens before 5 new ones, layer 0 15"):
+        model(ids, past_key_values=cache)
+    cache.reset()
+    logits = fed(other, ids, torch.ones_like(ids), cache, (4, 1))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
     narrow = RollingCache(stock(sliding_window=4).config)
     with pytest.raises(ValueError, match="a window of 8, but its ring was made for 4"):
         model(ids, past_key_values=narrow)

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 import transformers
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from stock_models import MOE, YARN, fed, padded, random_ids, stock, switched
 from tolerance import AS_EAGER, assert_same
+from torch.nn import functional
 
 from mistral_kernels.integrations.transformers import RollingCache, disable, enable
 from mistral_kernels.tolerance import error, low_precision_limit
@@ -25,6 +26,12 @@ FAMILIES = {
     "Llama": {},
     "Qwen2": {},
     "Qwen3": {},
+}
+HALF_ROTATED = {
+    "rope_type": "linear",
+    "factor": 2.0,
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.5,
 }
 
 
@@ -66,6 +73,10 @@ def test_what_is_swapped():
     assert sorted(disable(model)) == sorted(swapped) and disable(model) == []
     assert all("forward" not in vars(module) for module in model.modules())
     assert enable(stock("Mistral"))[f"{first}.mlp"] == "silu_mul"
+    turned = stock(rope_parameters=HALF_ROTATED)
+    enable(turned)
+    with pytest.raises(ValueError, match="must turn all 16 columns of a head, got 8"):
+        turned(random_ids(1, 3))
     with pytest.raises(ValueError, match="must hold parts of .*mistral.*got ReLU"):
         enable(torch.nn.ReLU())
 
@@ -112,6 +123,43 @@ def test_hooks_of_accelerate_stay():
     disable(model)
     assert_same(model(ids).logits, expected, "put back")
     assert len(seen) == 2
+    norm = model.model.norm
+    remove_hook_from_module(norm)
+    enable(model)
+    add_hook_to_module(norm, Watch())  # it moves our forward
+    disable(model)
+    assert_same(model(ids).logits, expected, "put back below a later hook")
+    assert len(seen) == 3
+    enable(model)
+    remove_hook_from_module(norm)  # and moves it back
+    disable(model)
+    assert "forward" not in vars(norm)
+
+
+class Doubled(torch.Tensor):
+    """A weight whose memory is not what it stands for, as quantised ones are."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), others=None):
+        out = super().__torch_function__(function, types, arguments, others or {})
+        return (2 * out).as_subclass(torch.Tensor) if function is functional.linear else out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_what_a_kernel_would_misread():
+    model = stock("Mistral")
+    attention, ids = model.model.layers[0].self_attn, random_ids(1, 5)
+    transposed = attention.k_proj.weight.t().contiguous().t()
+    attention.k_proj.weight = torch.nn.Parameter(transposed)
+    weight = attention.v_proj.weight.detach().as_subclass(Doubled)
+    attention.v_proj.weight = torch.nn.Parameter(weight)
+    attention.q_proj.forward = lambda x: 3 * functional.linear(x, attention.q_proj.weight)
+    expected = model(ids).logits
+    assert "model.layers.0.self_attn.q_proj" not in enable(model)
+    assert error(model(ids).logits, expected).within(AS_EAGER)
+    x = torch.randn(2, 3, 64)
+    traced = torch.jit.trace(model.model.norm, (x[0],), check_trace=False)
+    assert_same(traced(x[1]), model.model.norm(x[1]), "traced")
 
 
 def test_without_transformers_the_import_says_how_to_get_it():

@@ -78,10 +78,18 @@ class AttentionPlan(NamedTuple):
         end = torch.full_like(offsets[:1], rows)
         return cls(torch.cat((offsets, end)), zeros, zeros, pages)
 
-    def as_mask(self) -> Tensor:
-        """(1, 1, 4, sequences + 1), int32."""
+    def as_mask(self, window: int | None = None) -> Tensor:
+        """(1, 1 + window, 4, sequences + 1), int32, the same memory for all of the window.
+
+        Some models tell a layer's window to its mask alone; a shape is known without the device.
+        """
         rows = (self.cu_seqlens, *(functional.pad(row, (0, 1)) for row in self[1:]))
-        return torch.stack(rows)[None, None]
+        return torch.stack(rows)[None, None].expand(1, 1 + (window or 0), -1, -1)
+
+    @staticmethod
+    def window_of(mask: Tensor) -> int | None:
+        """The window that `as_mask` was given."""
+        return mask.shape[1] - 1 or None
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> AttentionPlan:

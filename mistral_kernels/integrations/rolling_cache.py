@@ -121,15 +121,19 @@ class RollingLayer(CacheLayerMixin):
             key_states, value_states: (batch, kv_heads, tokens, head_dim), keys rotated.
 
         Raises:
-            ValueError: another batch than the cache holds, or more tokens than max_tokens.
+            ValueError: another batch or other heads than the cache holds, or more tokens than
+                max_tokens.
             RuntimeError: the tokens of the last call were never attended.
         """
-        batch, _, tokens, _ = key_states.shape
-        if not self.is_initialized or (batch != self.batch_size and self._tokens == 0):
+        batch, heads, tokens, head_dim = key_states.shape
+        if not self.is_initialized or (not self._holds(key_states) and self._tokens == 0):
             self.lazy_initialization(key_states, value_states)
-        if batch != self.batch_size:
+        if not self._holds(key_states):
             raise ValueError(
                 f"RollingCache: it holds {self.batch_size} sequences, got {batch}; reset() it first"
+                if batch != self.batch_size
+                else f"RollingCache: it holds (kv_heads, head_dim) {self.kv_heads, self.head_dim},"
+                f" got {heads, head_dim} of another model; reset() it first"
             )
         if self._pending:
             raise RuntimeError(
@@ -141,6 +145,11 @@ class RollingLayer(CacheLayerMixin):
         self._pending = True
         new = NewTokens(self, key_states, value_states)
         return new, new
+
+    def _holds(self, keys: Tensor) -> bool:
+        """Whether the ring was made for such (batch, kv_heads, tokens, head_dim)."""
+        batch, heads, _, head_dim = keys.shape
+        return (batch, heads, head_dim) == (self.batch_size, self.kv_heads, self.head_dim)
 
     def _make_room(self, tokens: int) -> None:
         """Without a window no position may wrap: the layer grows, or refuses."""
@@ -328,6 +337,24 @@ class RollingCache(Cache):
                 for window in layer_windows(config)
             ]
         )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[NewTokens, NewTokens]:
+        """Notes new tokens of a layer, see `RollingLayer.update`.
+
+        Raises:
+            RuntimeError: an interrupted step has left some layers a token ahead of others.
+        """
+        if layer_idx and not torch.compiler.is_compiling():
+            first, tokens = self.layers[0]._tokens, self.layers[layer_idx]._tokens
+            # None: a compiled step went before, and the host does not know.
+            if None not in (first, tokens) and first != tokens + key_states.shape[2]:
+                raise RuntimeError(
+                    f"RollingCache: a step was interrupted: layer {layer_idx} holds {tokens} tokens"
+                    f" before {key_states.shape[2]} new ones, layer 0 {first}; reset() it"
+                )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def nbytes(self) -> int:

@@ -79,7 +79,7 @@ def mask_function(
         )
     else:
         plan = AttentionPlan.of_packed(_begins(mask_function, batch_size, q_length, device))
-    return plan.as_mask()
+    return plan.as_mask(local_size)
 
 
 def _starts(mask: Tensor, q_length: int, q_offset: int | Tensor) -> Tensor:
@@ -139,7 +139,8 @@ def attention_function(
         attention_mask: what `mask_function` made; None: no padding.
         dropout: must be 0.
         scaling: factor of q . k; None for head_dim ** -0.5.
-        sliding_window: keys a query sees, itself included; None for all.
+        sliding_window: keys a query sees, itself included; None for all. A mask knows better: not
+            every model passes its window on.
 
     Returns:
         (batch, tokens, q_heads, head_dim) and None, for there are no attention weights.
@@ -154,8 +155,13 @@ def attention_function(
     if dropout:
         raise ValueError(f"{SWITCH} has no dropout: set attention_dropout to 0, got {dropout}")
     batch, _, tokens, _ = query.shape
-    plan = None if attention_mask is None else AttentionPlan.from_mask(attention_mask)
-    how = {"window": sliding_window, "scale": scaling}
+    plan, window = None, sliding_window
+    if attention_mask is not None:
+        plan, window = (
+            AttentionPlan.from_mask(attention_mask),
+            AttentionPlan.window_of(attention_mask),
+        )
+    how = {"window": window, "scale": scaling}
     if isinstance(key, NewTokens):
         out = key.attend(packed(query), plan, **how)
     else:

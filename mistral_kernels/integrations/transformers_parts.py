@@ -26,7 +26,9 @@ LINEAR, RMS_NORM, ROPE, ROUTE_EXPERTS, SILU_MUL = (BoundOp(name, "auto") for nam
 
 FAMILIES = ("llama", "ministral", "ministral3", "mistral", "mixtral", "qwen2", "qwen3")
 MODULES = {f"transformers.models.{name}.modeling_{name}" for name in FAMILIES}
-BEFORE = "_before_mistral_kernels"  # of a swapped module: (name of the attribute, its value)
+BEFORE = "_before_mistral_kernels"  # of a swapped module: (our forward, what stood in its place)
+# Where a module's own forward stands: accelerate's hooks, put on and off at any time, move it.
+PLACES = ("forward", "_old_forward")
 ROTATE = "apply_rotary_pos_emb"  # the function that attention layers call by this global name
 
 
@@ -50,9 +52,11 @@ def norm_forward(self: nn.Module, x: Tensor) -> Tensor:
 def linear_forward(self: nn.Linear, x: Tensor) -> Tensor:
     weight = self.weight
     fits = x.dtype == weight.dtype and x.dim() > 1 and _rows_lie_well(x, weight.shape[1])
+    # A quantised or sharded weight is a Tensor of another type, whose memory says nothing.
+    fits = fits and weight.stride(1) == 1 and type(weight) in (nn.Parameter, Tensor)
     if fits and not torch.is_autocast_enabled("cpu"):
         return LINEAR(x, weight, False)
-    # Autocast, one vector, or a mistake: torch has the answer.
+    # Autocast, one vector, a transposed weight, or a mistake: torch has the answer.
     return functional.linear(x, weight)
 
 
@@ -89,7 +93,12 @@ def tables_forward(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Ro
 def rotate(q: Tensor, k: Tensor, rotation: Rotation, _: Rotation, **layout) -> tuple[Tensor, ...]:
     """Rotates q and k, (batch, heads, tokens, head_dim) each; no copy where they are views of
     (batch, tokens, heads, head_dim)."""
-    batch, _, tokens, _ = q.shape
+    batch, _, tokens, head_dim = q.shape
+    if 2 * rotation.cos.shape[1] != head_dim:
+        raise ValueError(
+            f"enable: rotary embeddings must turn all {head_dim} columns of a head, got"
+            f" {2 * rotation.cos.shape[1]}"
+        )
     rows = (packed(x) for x in (q, k))
     turned = ROPE(*rows, *rotation, False, None)
     return tuple(x.view(batch, tokens, *x.shape[1:]).transpose(1, 2) for x in turned)
@@ -112,13 +121,32 @@ def _is(module: nn.Module, ending: str) -> bool:
     return type(module).__module__ in MODULES and type(module).__name__.endswith(ending)
 
 
-def _can_rotate(attention: nn.Module) -> bool:
-    forward = type(attention).forward
-    return ROTATE in inspect.unwrap(forward).__code__.co_names and forward.__closure__ is None
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody else has replaced this module's forward: then it is not ours to drop."""
+    standing = vars(module).get(_place(module))
+    return standing not in (None, MethodType(type(module).forward, module))
+
+
+def _place(module: nn.Module) -> str:
+    return PLACES[hasattr(module, "_hf_hook")]  # a hook stands in `forward` and calls the other
+
+
+def _can_rotate(part: nn.Module) -> bool:
+    """A rotary embedding and all layers that it serves are swapped together."""
+    if _has_own_forward(part):
+        return False
+    forward = type(part).forward
+    return (
+        _is(part, "RotaryEmbedding")
+        or ROTATE in inspect.unwrap(forward).__code__.co_names
+        and forward.__closure__ is None
+    )
 
 
 def _replacement(module: nn.Module, rotates: bool) -> tuple[str, Callable] | None:
     """The op that serves a module, and its forward."""
+    if _has_own_forward(module):
+        return None
     if _is(module, "RMSNorm"):
         return "rms_norm", norm_forward
     if _is(module, "MLP") and isinstance(module.act_fn, SILU):
@@ -144,7 +172,8 @@ def enable(model: nn.Module) -> dict[str, str]:
     `attn_implementation`, `experts_implementation`.
 
     Args:
-        model: a model of transformers, or any module that holds one, such as a PEFT model.
+        model: a model of transformers, or any module that holds one, such as a PEFT model. Modules
+            whose `forward` somebody else has replaced keep that.
 
     Returns:
         Names of the swapped modules, and the op that serves each. Modules that `enable` has swapped
@@ -155,16 +184,15 @@ def enable(model: nn.Module) -> dict[str, str]:
     """
     disable(model)
     modules = dict(model.named_modules())
-    layers = [module for module in modules.values() if _is(module, "Attention")]
-    rotates = all(_can_rotate(layer) for layer in layers)
+    rotating = (m for m in modules.values() if _is(m, "Attention") or _is(m, "RotaryEmbedding"))
+    rotates = all(_can_rotate(module) for module in rotating)
     swapped = {}
     for name, module in modules.items():
         if replacement := _replacement(module, rotates):
             swapped[name], forward = replacement
-            # accelerate's hooks stand in `forward` and call this.
-            place = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-            setattr(module, BEFORE, (place, vars(module).get(place)))
-            setattr(module, place, MethodType(forward, module))
+            place, ours = _place(module), MethodType(forward, module)
+            setattr(module, BEFORE, (ours, vars(module).get(place)))
+            setattr(module, place, ours)
     if not swapped:
         raise ValueError(
             f"enable: model must hold parts of {', '.join(FAMILIES)}, got {type(model).__name__}"
@@ -184,7 +212,11 @@ def disable(model: nn.Module) -> list[str]:
     restored = []
     for name, module in model.named_modules():
         if BEFORE in vars(module):
-            place, before = vars(module).pop(BEFORE)
-            delattr(module, place) if before is None else setattr(module, place, before)
+            ours, before = vars(module).pop(BEFORE)
+            for place in PLACES:
+                if vars(module).get(place) == ours:
+                    setattr(module, place, before or MethodType(type(module).forward, module))
+            if vars(module).get("forward") == MethodType(type(module).forward, module):
+                del module.forward
             restored.append(name)
     return restored

@@ -212,6 +212,7 @@ class BoundOp:
             torch.compiler.is_dynamo_compiling()
             or torch.is_grad_enabled()
             or torch._C._len_torch_dispatch_stack()
+            or torch._C._is_tracing()
             or torch.autograd._profiler_enabled()
             or type(inputs[0]) is not Tensor
         )
