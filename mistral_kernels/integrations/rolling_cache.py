@@ -20,8 +20,9 @@ from mistral_kernels.integrations.attention_plan import (
     refuse_gradient,
     require,
 )
-from mistral_kernels.ops.checks import is_int
+from mistral_kernels.ops.checks import check_int
 from mistral_kernels.ops.dispatch import BoundOp
+from mistral_kernels.ops.ring import has_overwritten
 
 STORE = BoundOp("store_kv_", "auto")
 
@@ -265,13 +266,11 @@ class RollingLayer(CacheLayerMixin):
             raise ValueError(
                 f"RollingCache: crop takes {-self.get_seq_length()} .. 0, got {tokens_to_remove}"
             )
-        if self.rolls:
-            oldest = max(0, length - self.window + 1)
-            if min(self._written - self.capacity, length) > oldest:
-                raise ValueError(
-                    f"RollingCache: {-tokens_to_remove} tokens cannot be taken back with"
-                    f" lookahead={self.lookahead}: their keys overwrote keys still needed"
-                )
+        if self.rolls and has_overwritten(self._written, self.capacity, self.window, length):
+            raise ValueError(
+                f"RollingCache: {-tokens_to_remove} tokens cannot be taken back with"
+                f" lookahead={self.lookahead}: their keys overwrote keys still needed"
+            )
         self._tokens = length
         self.length.fill_(length)
 
@@ -327,10 +326,7 @@ class RollingCache(Cache):
         sizes = {"page_size": (page_size, 1), "lookahead": (lookahead, 0)}
         sizes |= {} if max_tokens is None else {"max_tokens": (max_tokens, 1)}
         for name, (value, minimum) in sizes.items():
-            if not is_int(value):
-                raise TypeError(f"RollingCache: {name} must be an int, got {type(value).__name__}")
-            if value < minimum:
-                raise ValueError(f"RollingCache: {name} must be >= {minimum}, got {value}")
+            check_int("RollingCache", name, value, minimum)
         super().__init__(
             layers=[
                 RollingLayer(window, page_size, lookahead, max_tokens)

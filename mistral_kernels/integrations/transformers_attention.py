@@ -157,10 +157,8 @@ def attention_function(
     batch, _, tokens, _ = query.shape
     plan, window = None, sliding_window
     if attention_mask is not None:
-        plan, window = (
-            AttentionPlan.from_mask(attention_mask),
-            AttentionPlan.window_of(attention_mask),
-        )
+        plan = AttentionPlan.from_mask(attention_mask)
+        window = AttentionPlan.window_of(attention_mask)
     how = {"window": window, "scale": scaling}
     if isinstance(key, NewTokens):
         out = key.attend(packed(query), plan, **how)

@@ -123,8 +123,11 @@ def _is(module: nn.Module, ending: str) -> bool:
 
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether somebody else has replaced this module's forward: then it is not ours to drop."""
-    standing = vars(module).get(_place(module))
-    return standing not in (None, MethodType(type(module).forward, module))
+    return vars(module).get(_place(module)) not in (None, _own_forward(module))
+
+
+def _own_forward(module: nn.Module) -> MethodType:
+    return MethodType(type(module).forward, module)
 
 
 def _place(module: nn.Module) -> str:
@@ -215,8 +218,8 @@ def disable(model: nn.Module) -> list[str]:
             ours, before = vars(module).pop(BEFORE)
             for place in PLACES:
                 if vars(module).get(place) == ours:
-                    setattr(module, place, before or MethodType(type(module).forward, module))
-            if vars(module).get("forward") == MethodType(type(module).forward, module):
+                    setattr(module, place, before or _own_forward(module))
+            if vars(module).get("forward") == _own_forward(module):
                 del module.forward
             restored.append(name)
     return restored

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.model.config import ModelConfig
-from mistral_kernels.ops.checks import is_int
+from mistral_kernels.ops.checks import check_int, is_int
 from mistral_kernels.ops.decode_attention import decode_attention_workspace_bytes
 from mistral_kernels.ops.dispatch import BoundOp
+from mistral_kernels.ops.ring import has_overwritten
 
 PAGE_ALIGNMENT = 16  # a page is a multiple of the kernels' smallest key tile
 MOST_TOKENS = 2**31 - 1  # positions are int32
@@ -75,10 +76,7 @@ class KVCache:
         sizes = {"batch": (batch, 0), "max_tokens": (max_tokens, 1), "lookahead": (lookahead, 0)}
         sizes |= {} if page_size is None else {"page_size": (page_size, 1)}
         for name, (value, minimum) in sizes.items():
-            if not is_int(value):
-                raise TypeError(f"new_cache: {name} must be an int, got {type(value).__name__}")
-            if value < minimum:
-                raise ValueError(f"new_cache: {name} must be >= {minimum}, got {value}")
+            check_int("new_cache", name, value, minimum)
         if max_tokens > MOST_TOKENS:
             raise ValueError(f"new_cache: max_tokens must be <= {MOST_TOKENS}, got {max_tokens}")
         self.config, self.device, self.dtype = config, device, dtype
@@ -160,9 +158,7 @@ class KVCache:
         if self._written[sequence] == length:
             return False
         for layer in self.layers:
-            # Of earlier keys it sees oldest .. length - 1.
-            oldest = 0 if layer.window is None else max(0, length - layer.window + 1)
-            if min(self._written[sequence] - layer.capacity, length) > oldest:
+            if has_overwritten(self._written[sequence], layer.capacity, layer.window, length):
                 return True
         return False
 

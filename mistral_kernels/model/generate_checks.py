@@ -15,7 +15,7 @@ from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.forward_checks import check_cache
 from mistral_kernels.model.stop_text import stop_strings
 from mistral_kernels.model.transformer import Transformer
-from mistral_kernels.ops.checks import is_int, is_number
+from mistral_kernels.ops.checks import check_int, is_int, is_number
 
 if TYPE_CHECKING:
     from mistral_kernels.model.tokenizer import Tokenizer
@@ -47,10 +47,7 @@ class Settings:
             value = getattr(self, name)
             if value is None and name != "max_tokens":
                 continue
-            if not is_int(value):
-                raise TypeError(f"generate: {name} must be an int, got {type(value).__name__}")
-            if value < minimum:
-                raise ValueError(f"generate: {name} must be >= {minimum}, got {value}")
+            check_int("generate", name, value, minimum)
         if self.eos_id is not None and self.eos_id >= vocab:
             raise ValueError(f"generate: eos_id must be in [0, {vocab}), got {self.eos_id}")
         if not isinstance(self.prompt_logprobs, bool):

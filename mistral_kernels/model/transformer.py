@@ -24,7 +24,7 @@ from mistral_kernels.model.rope_tables import RopeTables, rope_tables
 from mistral_kernels.model.savable_module import SavableModule
 from mistral_kernels.model.step import plan_step
 from mistral_kernels.model.weights import Checkpoint
-from mistral_kernels.ops.checks import FLOATS, compute_dtype, is_int
+from mistral_kernels.ops.checks import FLOATS, check_int, compute_dtype, is_int
 from mistral_kernels.ops.dispatch import BoundOp
 
 if TYPE_CHECKING:
@@ -56,11 +56,7 @@ class Transformer(SavableModule):
         backend: str = "auto",
     ):
         super().__init__()
-        if not is_int(max_batch_size):
-            name = type(max_batch_size).__name__
-            raise TypeError(f"Transformer: max_batch_size must be an int, got {name}")
-        if max_batch_size < 1:
-            raise ValueError(f"Transformer: max_batch_size must be >= 1, got {max_batch_size}")
+        check_int("Transformer", "max_batch_size", max_batch_size, 1)
         if dtype is not None and dtype not in FLOATS:
             expected = ", ".join(map(str, FLOATS))
             raise ValueError(f"Transformer: dtype must be one of {expected}, got {dtype}")

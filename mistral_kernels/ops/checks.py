@@ -23,6 +23,15 @@ def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def check_int(op: str, name: str, value: int, minimum: int, *, symbolic: bool = False) -> None:
+    """Raises TypeError or ValueError unless `value` is an int (or torch's symbol of one) from
+    `minimum` on."""
+    if not is_int(value) and not (symbolic and isinstance(value, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{op}: {name} must be >= {minimum}, got {value}")
+
+
 def is_number(value: object) -> bool:
     """Whether `value` is an int or a float and no bool."""
     return isinstance(value, float) or is_int(value)
@@ -104,10 +113,7 @@ class Arguments:
         return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
     def integer(self, name: str, value: int, minimum: int) -> None:
-        if not is_int(value) and not isinstance(value, torch.SymInt):
-            raise TypeError(f"{self.op}: {name} must be an int, got {type(value).__name__}")
-        if value < minimum:
-            raise ValueError(f"{self.op}: {name} must be >= {minimum}, got {value}")
+        check_int(self.op, name, value, minimum, symbolic=True)
 
     def positive(self, name: str, value: float, *, zero: bool = False) -> None:
         """Checks a finite float > 0 (or >= 0 with `zero`)."""

@@ -23,6 +23,14 @@ from mistral_kernels.ops.dispatch import KERNEL_DTYPES, address
 CACHE_DTYPES = (*KERNEL_DTYPES, *QUANTISED)  # csrc/dtype.h numbers them in this order
 
 
+def has_overwritten(written: int, capacity: int, window: int | None, length: int) -> bool:
+    """Whether a ring that has held `written` tokens of a sequence lacks keys which the token at
+    position `length` must see."""
+    # Of earlier keys it sees oldest .. length - 1.
+    oldest = 0 if window is None else max(0, length - window + 1)
+    return min(written - capacity, length) > oldest
+
+
 def ring_slots(positions: Tensor, capacity: int) -> Tensor:
     """The logical slot of each position."""
     return positions % capacity
