@@ -91,6 +91,7 @@ FAULTS = [
         Fault(
             "expert of another slot",
             {"ids[token * top_k + slot]": "ids[token * top_k + top_k - 1 - slot]"},
+            CUDA / "expert_sums.cuh",
         ),
         lambda: expert_mlp.test_sizes(expert_mlp.SIZES[3], BF16),
     ),
