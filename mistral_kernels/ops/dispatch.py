@@ -22,6 +22,7 @@ OR_AUTO = " or auto"  # behind a backend's name: a preference
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # What kernels take; csrc/dtype.h numbers them in this order.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VECTOR_BYTES = 16  # rows that CUDA kernels read begin and end on multiples of that, or are refused
 
 Facts = tuple[tuple[str, int], ...]
 
