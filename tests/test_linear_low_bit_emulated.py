@@ -58,16 +58,27 @@ def test_kinds(kind, dtype):
 SIZES = [(0, 32, 8), (1, 32, 1), (2, 96, 16), (8, 160, 33), (4, 64, 0), (1, 5152, 9)]
 
 
-@DTYPES
 @pytest.mark.parametrize(
-    "kind",
-    [Kind(INT4, None), Kind(INT4, 32, symmetric=False), Kind(INT8, 32), Kind(FP8, None)],
+    ("kind", "dtype"),
+    [
+        (Kind(INT4, None), torch.bfloat16),
+        (Kind(INT4, 32, symmetric=False), torch.float16),
+        (Kind(INT8, 32), torch.bfloat16),
+        (Kind(FP8, None), torch.float16),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_sizes(sizes, kind, dtype):
     rows, in_dim, out_dim = sizes
     check(torch.randn(rows, in_dim).to(dtype), low_bit_cases.low_bit((out_dim, in_dim), kind))
+
+
+@pytest.mark.parametrize(("codes", "group_size"), [(INT4, 96), (INT4, 384), (INT8, 96)], ids=str)
+def test_groups_beside_steps(codes, group_size):
+    # A warp's second step, 1024 codes of 4 bits behind its first, is elsewhere in a group.
+    weight = low_bit_cases.low_bit((7, 2304), Kind(codes, group_size, symmetric=False))
+    check(torch.randn(2, 2304).half(), weight)
 
 
 @DTYPES
