@@ -1,4 +1,4 @@
-"""The command line: `mistral-kernels generate`, `chat`, `info` and `verify`.
+"""The command line: `mistral-kernels generate`, `chat`, `info`, `ppl`, `quantize` and `verify`.
 
 stdout carries only the result (text, JSON or a table); rates, progress and errors go to stderr.
 Exit status: 0; 1 where `verify` finds a miss; 2 for bad input, told in one line; 130 after Ctrl-C.
@@ -33,7 +33,7 @@ from mistral_kernels.options import (
     torch_dtype,
 )
 from mistral_kernels.rates import rates_line
-from mistral_kernels.text_input import MessageReader, given_text, read_prompt
+from mistral_kernels.text_input import MessageReader, given_text, read_prompt, read_text
 
 logger = logging.getLogger("mistral_kernels")
 
@@ -177,6 +177,39 @@ def info(
         print(json.dumps(facts))
     else:
         show(facts)
+
+
+@app.command()
+@takes(loading=Loading())
+def ppl(
+    folder: FolderArgument = EMBEDDED,
+    *,
+    text: Annotated[Path, typer.Option(help="File of the text to predict.")],
+    lines: Annotated[
+        bool, typer.Option("--lines", help="Each line is a text of its own, its end included.")
+    ] = False,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens fed before the text is cut [default: no limit with windows, else the"
+            " model's, at most 8192]."
+        ),
+    ] = None,
+    loading: Loading,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how well a model predicts a text: nats a token and perplexity."""
+    content = read_text(text)
+
+    from mistral_kernels.evaluation import evaluate
+    from mistral_kernels.tables import print_perplexity
+
+    model, tokenizer = load_model(folder, loading)
+    facts = evaluate(model, tokenizer, content, by_line=lines, context=context)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        print_perplexity(facts)
 
 
 @app.command()

@@ -156,6 +156,21 @@ def print_report(report: Report) -> None:
     )
 
 
+def print_perplexity(facts: dict[str, Any]) -> None:
+    """Print what `mistral_kernels.evaluation.evaluate` returned."""
+    context = f"{facts['context']} tokens" if facts["context"] else "all that the windows show"
+    rows = {
+        "perplexity": f"{facts['perplexity']:.4f}",
+        "nats a token": f"{facts['nats_per_token']:.5f}",
+        "tokens predicted": f"{facts['tokens']:,}",
+        "texts": f"{facts['texts']:,}",
+        "context": context,
+        "tokens a second": f"{facts['tokens_per_s']:.0f}",
+        "model": f"{facts['dtype']} on {facts['device']}",
+    }
+    _print_table(["text", ""], rows.items())
+
+
 def _print_table(columns: list[str], rows: Iterable[Iterable[object]]) -> None:
     """Print cells as text, with "-" for None and commas between the entries of a list."""
     table = Table(*columns)
