@@ -27,6 +27,7 @@ from mistral_kernels.options import (
     JsonOption,
     LayoutOption,
     Loading,
+    LowBitFormat,
     Sampling,
     load_model,
     torch_device,
@@ -210,6 +211,60 @@ def ppl(
         print(json.dumps(facts))
     else:
         print_perplexity(facts)
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder, or org/name of the hub.")],
+    folder: Annotated[Path, typer.Argument(help="Where the new checkpoint goes.")],
+    *,
+    format: Annotated[LowBitFormat, typer.Option(help="What each weight becomes.")],
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Of int4, weights that share a scale; 0: all of a row [default: 128].", min=0
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of texts, one a line, whose activations the weights are fitted to."
+        ),
+    ] = None,
+    device: DeviceOption = None,
+    layout: LayoutOption = None,
+    allow_pickle: AllowPickleOption = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the checkpoint that is there.")
+    ] = False,
+) -> None:
+    """Write a checkpoint with low-bit weights, as compressed-tensors stores them."""
+    texts = calibration and [line for line in read_text(calibration).splitlines() if line.strip()]
+
+    from mistral_kernels.model.quantising import quantise_folder
+    from mistral_kernels.model.staged_folder import staging_place
+    from mistral_kernels.tables import byte_size
+
+    try:
+        done = quantise_folder(
+            source,
+            folder,
+            format=format,
+            group_size=group_size,
+            calibration=texts,
+            device=torch_device(device),
+            layout=layout,
+            allow_pickle=allow_pickle,
+            overwrite=overwrite,
+        )
+    except KeyboardInterrupt:
+        place = staging_place(folder.resolve())
+        if place.exists():
+            print(f"{place} holds what is done; the same command goes on there", file=sys.stderr)
+        raise
+    sizes = f"{byte_size(done.bytes_before)} became {byte_size(done.bytes_after)}"
+    share = done.bytes_after / done.bytes_before
+    print(f"{done.folder}: {format}, {sizes} ({share:.1%})")
 
 
 @app.command()

@@ -37,6 +37,14 @@ class Layout(StrEnum):
     huggingface = "huggingface"
 
 
+class LowBitFormat(StrEnum):
+    """What `quantize` makes of weights."""
+
+    int4 = "int4"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 # No Path: to it "./org/name", a folder, and "org/name", a model of the hub, are the same.
 FolderArgument = Annotated[
     str,

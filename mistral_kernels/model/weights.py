@@ -7,7 +7,7 @@ tensor goes from the mapped file straight to its place in the model.
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -130,6 +130,11 @@ class Checkpoint:
         del sizes[fp8.DTYPE]
         self.dtype: torch.dtype = DTYPES[max(sizes, key=sizes.__getitem__)]
 
+    @property
+    def is_low_bit(self) -> bool:
+        """Whether there are weights in few bits."""
+        return bool(self._scales)
+
     def _drop(self, stored: dict[str, Stored], pattern: re.Pattern[str], reason: str) -> None:
         """Takes keys out of `stored`, with one line about them."""
         keys = [key for key in stored if pattern.fullmatch(key)]
@@ -153,16 +158,40 @@ class Checkpoint:
         check_parameters(parameters, self.config)
         for parameter in parameters.values():
             advise(parameter, Advice.HUGE_PAGES)
-        scales = self._read_scales()
         with byte_bar("loading") as progress:
             bar = progress.add_task("", total=self.nbytes)
-            for path, tensors in groupby(self._tensors, key=lambda pair: pair[0].path):
-                with open_tensors(path) as read:
-                    for stored, place in tensors:
-                        target = place.of(parameters)
-                        if not read_into(target, stored):
-                            _convert(target, read(stored.key), scales.get(stored.key))
-                        progress.advance(bar, stored.nbytes)
+            for nbytes in self._copy(self._tensors, parameters):
+                progress.advance(bar, nbytes)
+
+    @torch.no_grad()
+    def read(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Reads some of the model's parameters.
+
+        Args:
+            names: of `parameter_shapes(config)`.
+
+        Returns:
+            Name to tensor, of dtype `dtype` on the CPU.
+        """
+        shapes = parameter_shapes(self.config)
+        found = {name: torch.empty(shapes[name], dtype=self.dtype, device="cpu") for name in names}
+        wanted = [pair for pair in self._tensors if pair[1].parameter in found]
+        for _ in self._copy(wanted, found):
+            pass
+        return found
+
+    def _copy(
+        self, tensors: list[tuple[Stored, Place]], parameters: Mapping[str, Tensor]
+    ) -> Iterator[int]:
+        """Copies these tensors to their places; yields the bytes of each."""
+        scales = self._read_scales()
+        for path, of_file in groupby(tensors, key=lambda pair: pair[0].path):
+            with open_tensors(path) as read:
+                for stored, place in of_file:
+                    target = place.of(parameters)
+                    if not read_into(target, stored):
+                        _convert(target, read(stored.key), scales.get(stored.key))
+                    yield stored.nbytes
 
     def _read_scales(self) -> dict[str, Tensor]:
         """The scales of all weights in 8 bits, which may lie in other files than their weights."""
