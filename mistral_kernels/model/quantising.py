@@ -137,8 +137,8 @@ def quantise_folder(
     checkpoint = Checkpoint(
         path, ModelConfig.from_folder(path, layout), layout, allow_pickle=allow_pickle
     )
-    if checkpoint.is_low_bit:
-        raise ValueError(f"{path}: the weights have few bits already")
+    if checkpoint.quantisation is not None:
+        raise ValueError(f"{path}: the weights have few bits already ({checkpoint.quantisation})")
     config = replace(checkpoint.config, interleaved=False)
     scales = checkpoint.dtype if checkpoint.dtype in KERNEL_DTYPES else torch.float32
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
