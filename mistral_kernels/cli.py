@@ -221,9 +221,7 @@ def quantize(
     format: Annotated[LowBitFormat, typer.Option(help="What each weight becomes.")],
     group_size: Annotated[
         int | None,
-        typer.Option(
-            help="Of int4, weights that share a scale; 0: all of a row [default: 128].", min=0
-        ),
+        typer.Option(help="Of int4, weights that share a scale; 0: all of a row [default: 128]."),
     ] = None,
     calibration: Annotated[
         Path | None,
@@ -249,7 +247,7 @@ def quantize(
         done = quantise_folder(
             source,
             folder,
-            format=format,
+            format=format.value,
             group_size=group_size,
             calibration=texts,
             device=torch_device(device),
@@ -264,7 +262,7 @@ def quantize(
         raise
     sizes = f"{byte_size(done.bytes_before)} became {byte_size(done.bytes_after)}"
     share = done.bytes_after / done.bytes_before
-    print(f"{done.folder}: {format}, {sizes} ({share:.1%})")
+    print(f"{done.folder}: {format.value}, {sizes} ({share:.1%})")
 
 
 @app.command()
