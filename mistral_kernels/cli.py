@@ -1,4 +1,4 @@
-"""The command line: `mistral-kernels generate`, `chat`, `info` and `verify`.
+"""The command line: `mistral-kernels generate`, `chat`, `info`, `ppl`, `quantize` and `verify`.
 
 stdout carries only the result (text, JSON or a table); rates, progress and errors go to stderr.
 Exit status: 0; 1 where `verify` finds a miss; 2 for bad input, told in one line; 130 after Ctrl-C.
@@ -27,13 +27,14 @@ from mistral_kernels.options import (
     JsonOption,
     LayoutOption,
     Loading,
+    LowBitFormat,
     Sampling,
     load_model,
     torch_device,
     torch_dtype,
 )
 from mistral_kernels.rates import rates_line
-from mistral_kernels.text_input import MessageReader, given_text, read_prompt
+from mistral_kernels.text_input import MessageReader, given_text, read_prompt, read_text
 
 logger = logging.getLogger("mistral_kernels")
 
@@ -177,6 +178,91 @@ def info(
         print(json.dumps(facts))
     else:
         show(facts)
+
+
+@app.command()
+@takes(loading=Loading())
+def ppl(
+    folder: FolderArgument = EMBEDDED,
+    *,
+    text: Annotated[Path, typer.Option(help="File of the text to predict.")],
+    lines: Annotated[
+        bool, typer.Option("--lines", help="Each line is a text of its own, its end included.")
+    ] = False,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens fed before the text is cut [default: no limit with windows, else the"
+            " model's, at most 8192]."
+        ),
+    ] = None,
+    loading: Loading,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how well a model predicts a text: nats a token and perplexity."""
+    content = read_text(text)
+
+    from mistral_kernels.evaluation import evaluate
+    from mistral_kernels.tables import print_perplexity
+
+    model, tokenizer = load_model(folder, loading)
+    facts = evaluate(model, tokenizer, content, by_line=lines, context=context)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        print_perplexity(facts)
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder, or org/name of the hub.")],
+    folder: Annotated[Path, typer.Argument(help="Where the new checkpoint goes.")],
+    *,
+    format: Annotated[LowBitFormat, typer.Option(help="What each weight becomes.")],
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Of int4, weights that share a scale; 0: all of a row [default: 128]."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of texts, one a line, whose activations the weights are fitted to."
+        ),
+    ] = None,
+    device: DeviceOption = None,
+    layout: LayoutOption = None,
+    allow_pickle: AllowPickleOption = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the checkpoint that is there.")
+    ] = False,
+) -> None:
+    """Write a checkpoint with low-bit weights, as compressed-tensors stores them."""
+    texts = calibration and [line for line in read_text(calibration).splitlines() if line.strip()]
+
+    from mistral_kernels.model.quantising import quantise_folder
+    from mistral_kernels.model.staged_folder import staging_place
+    from mistral_kernels.tables import byte_size
+
+    try:
+        done = quantise_folder(
+            source,
+            folder,
+            format=format.value,
+            group_size=group_size,
+            calibration=texts,
+            device=torch_device(device),
+            layout=layout,
+            allow_pickle=allow_pickle,
+            overwrite=overwrite,
+        )
+    except KeyboardInterrupt:
+        place = staging_place(folder.resolve())
+        if place.exists():
+            print(f"{place} holds what is done; the same command goes on there", file=sys.stderr)
+        raise
+    sizes = f"{byte_size(done.bytes_before)} became {byte_size(done.bytes_after)}"
+    share = done.bytes_after / done.bytes_before
+    print(f"{done.folder}: {format.value}, {sizes} ({share:.1%})")
 
 
 @app.command()

@@ -37,6 +37,14 @@ class Layout(StrEnum):
     huggingface = "huggingface"
 
 
+class LowBitFormat(StrEnum):
+    """What `quantize` makes of weights."""
+
+    int4 = "int4"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 # No Path: to it "./org/name", a folder, and "org/name", a model of the hub, are the same.
 FolderArgument = Annotated[
     str,
@@ -112,7 +120,7 @@ def torch_dtype(name: Dtype | None) -> torch.dtype | None:
 
 
 def load_model(
-    folder: str, loading: Loading, sampling: Sampling, *, for_chat: bool = False
+    folder: str, loading: Loading, sampling: Sampling | None = None, *, for_chat: bool = False
 ) -> tuple[Transformer, Tokenizer]:
     """The model of a folder, loaded as the options ask for, and its tokenizer.
 
@@ -125,7 +133,8 @@ def load_model(
     config = ModelConfig.from_folder(folder, loading.layout)
     # On the meta device a model takes no memory, and without a prompt it runs nothing.
     trial = Transformer(config, device="meta", backend=loading.backend)
-    stream([], trial, **sampling._asdict())
+    if sampling:
+        stream([], trial, **sampling._asdict())
     tokenizer = Tokenizer.from_folder(folder, config)
     tokenizer.check_fits(config)
     if for_chat and tokenizer.chat_refusal:

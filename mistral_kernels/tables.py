@@ -43,21 +43,21 @@ def print_checkpoint(facts: dict[str, Any]) -> None:
     total = ("all", facts["parameters"]["total"], facts["bytes"])
     _print_table(
         ["part", "parameters", f"as {facts['dtype']}"],
-        ([part, f"{count:,}", _size(size)] for part, count, size in [*parts, total]),
+        ([part, f"{count:,}", byte_size(size)] for part, count, size in [*parts, total]),
     )
     cache = facts["cache"]
     _print_table(
         ["cache of one sequence", f"as {facts['dtype']}"],
         [
-            ["each token, while no window is full", _size(cache["bytes_per_token"])],
-            *([_tokens(count, facts), _size(size)] for count, size in cache["bytes"].items()),
+            ["each token, while no window is full", byte_size(cache["bytes_per_token"])],
+            *([_tokens(count, facts), byte_size(size)] for count, size in cache["bytes"].items()),
         ],
     )
     columns = ["weights", "cache", "working", "needed", "free"]
     _print_table(
         [f"{facts['context']} tokens, {facts['prompt']} at once, on", *columns, "fits"],
         (
-            [device, *(_size(needs[name]) for name in columns), _verdict(needs["short"])]
+            [device, *(byte_size(needs[name]) for name in columns), _verdict(needs["short"])]
             for device, needs in facts["memory"].items()
         ),
     )
@@ -70,12 +70,13 @@ def print_checkpoint(facts: dict[str, Any]) -> None:
 def _checkpoint_rows(facts: dict[str, Any]) -> list[list[object]]:
     """What a checkpoint is, one line each; what is not known is left out."""
     files, stored, tokenizer = facts["files"], facts["stored"], facts["tokenizer"]
+    stored_bytes = byte_size(sum(files.values()))
     rows = {
         "name": facts["name"],
         "folder": facts["folder"],
         "layout": facts["layout"],
         "cannot be loaded": facts["problem"],
-        "weight files": f"{len(files)} of {_size(sum(files.values()))}" if files else "none here",
+        "weight files": f"{len(files)} of {stored_bytes}" if files else "none here",
         "values in them": [f"{count:,} {dtype}" for dtype, count in (stored or {}).items()],
     }
     if facts["parameters"]:
@@ -118,10 +119,10 @@ def _window(window: int | None) -> str:
 def _verdict(short: int | None) -> str:
     if short is None:
         return "free memory is not known"
-    return f"no, {_size(short)} short" if short else "yes"
+    return f"no, {byte_size(short)} short" if short else "yes"
 
 
-def _size(count: int | None) -> str | None:
+def byte_size(count: int | None) -> str | None:
     """A number of bytes with three digits or so."""
     if count is None:
         return None
@@ -154,6 +155,21 @@ def print_report(report: Report) -> None:
         ["op", *(f"with {backend}" for backend in served)],
         ([op, *(by_op[op] for by_op in served.values())] for op in ops),
     )
+
+
+def print_perplexity(facts: dict[str, Any]) -> None:
+    """Print what `mistral_kernels.evaluation.evaluate` returned."""
+    context = f"{facts['context']} tokens" if facts["context"] else "all that the windows show"
+    rows = {
+        "perplexity": f"{facts['perplexity']:.4f}",
+        "nats a token": f"{facts['nats_per_token']:.5f}",
+        "tokens predicted": f"{facts['tokens']:,}",
+        "texts": f"{facts['texts']:,}",
+        "context": context,
+        "tokens a second": f"{facts['tokens_per_s']:.0f}",
+        "model": f"{facts['dtype']} on {facts['device']}",
+    }
+    _print_table(["text", ""], rows.items())
 
 
 def _print_table(columns: list[str], rows: Iterable[Iterable[object]]) -> None:

@@ -45,6 +45,14 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     return _prompt("stdin", _without_newline(sys.stdin.buffer.read()))
 
 
+def read_text(path: Path) -> str:
+    """The text of a file; a ValueError names it if it holds none, or no UTF-8."""
+    text = _decoded(str(path), path.read_bytes())
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    return text
+
+
 def _prompt(source: str, data: bytes) -> str:
     if not data:
         raise ValueError(f"{source}: the prompt is empty")

@@ -47,8 +47,8 @@ NATIVE = [
     ("model_type", "mamba", "model_type: Mamba"),
     ("model_type", "rwkv", "model_type: expected one of transformer"),
     ("quantization", {"qformat_weight": "nvfp4"}, "quantization.qformat_weight: .* got 'nvfp4'"),
-    ("quantization", {"quant_method": "compressed-tensors"}, "method: .* got 'compressed-tensors'"),
-    ("quantization", {"qscheme_act": "TENSOR"}, "quantization.qformat_weight: .* got None"),
+    ("quantization", {"quant_method": "nvfp4"}, "quantization.quant_method: .* got 'nvfp4'"),
+    ("quantization", {"qscheme_act": "TENSOR"}, "quantization.quant_method: missing"),
     (
         "quantization",
         {"qformat_weight": "fp8_e4m3", "qscheme_act": "TOKEN"},
@@ -56,8 +56,8 @@ NATIVE = [
     ),
     (
         "quantization_config",
-        {"quant_method": "awq"},
-        "quantization_config.quant_method: .* got 'awq'",
+        {"quant_method": "bitsandbytes"},
+        "quantization_config.quant_method: .* got 'bitsandbytes'",
     ),
 ]
 HUGGINGFACE = [
@@ -82,9 +82,9 @@ HUGGINGFACE = [
     ("n_shared_experts", 1, "n_shared_experts: MLA"),
     *(
         ("quantization_config", {"quant_method": method}, f"quant_method: .* got '{method}'")
-        for method in ("awq", "gptq", "bitsandbytes", "compressed-tensors", "modelopt", "nvfp4")
+        for method in ("bitsandbytes", "modelopt", "nvfp4", "torchao")
     ),
-    ("quantization_config", {"bits": 4}, "quantization_config.quant_method: .* got None"),
+    ("quantization_config", {"bits": 4}, "quantization_config.quant_method: missing"),
     ("attention_bias", True, "attention_bias: biases are not supported"),
     ("rope_parameters", {"rope_type": "llama3"}, "rope_parameters.rope_type: expected one of"),
     ("rope_parameters", {"full_attention": {}}, "rope_parameters.full_attention: expected one"),

@@ -40,7 +40,7 @@ RANKS = {"_C": 0, "kernels": 0, "tolerance": 0, "ops": 1, "model": 2, "integrati
 RANKS |= dict.fromkeys(("cli", "chat", "verify", "routing", "info", "tables"), 3)
 RANKS |= dict.fromkeys(("checkpoint_info", "free_memory"), 3)
 RANKS |= dict.fromkeys(("options", "option_groups", "lora_options"), 3)
-RANKS |= dict.fromkeys(("text_input", "continuation", "rates"), 3)
+RANKS |= dict.fromkeys(("text_input", "continuation", "rates", "evaluation"), 3)
 
 
 def sources(folder: str, *endings: str) -> list[Path]:

@@ -73,7 +73,7 @@ def test_full_disk(tmp_path: Path, folder: Path, limit: int) -> None:
 
 FAILURES = {
     "interrupted": (saving, "save_file", 2, KeyboardInterrupt()),
-    "no-space-for-json": (saving, "_write_json", 2, OSError(errno.ENOSPC, "No space left")),
+    "no-space-for-json": (saving, "write_json", 2, OSError(errno.ENOSPC, "No space left")),
     "sync": (os, "fsync", 3, OSError(errno.EIO, "Input/output error")),
     "rename": (Path, "rename", 1, PermissionError("not allowed")),
     "second-rename": (Path, "rename", 2, KeyboardInterrupt()),

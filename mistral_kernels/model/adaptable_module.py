@@ -8,6 +8,7 @@ from torch import nn
 
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.lora import Adapters
+from mistral_kernels.model.low_bit_weight import refuse_low_bit
 
 
 class AdaptableModule(nn.Module):
@@ -57,8 +58,10 @@ class AdaptableModule(nn.Module):
             FileNotFoundError: there is no such file.
             TypeError, ValueError: the path is none, a number is not finite, the adapter is loaded
                 already, or it is malformed, does not fit this model or is more than a low-rank
-                update; file and key are named. No weight has changed then.
+                update; file and key are named; or weights are in few bits. No weight has changed
+                then.
         """
+        refuse_low_bit(self, "load_lora")
         parameters = dict(self.named_parameters())
         self._adapters.load(
             parameters, self.config, path, scaling, weight=weight, keep_base=keep_base
@@ -71,6 +74,8 @@ class AdaptableModule(nn.Module):
             path: as it was given to `load_lora`; None: all adapters, if there are any.
 
         Raises:
-            ValueError: the adapter is not loaded, or was merged for good; nothing has changed.
+            ValueError: the adapter is not loaded, or was merged for good, or weights are in few
+                bits; nothing has changed.
         """
+        refuse_low_bit(self, "unload_lora")
         self._adapters.unload(dict(self.named_parameters()), self.config, path)

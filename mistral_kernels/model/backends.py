@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from mistral_kernels.model.config import ModelConfig
+from mistral_kernels.model.low_bit_weight import LowBitForm
 from mistral_kernels.ops import dispatch
 
 
 def choose_backends(
-    config: ModelConfig, *, device: torch.device, dtype: torch.dtype, backend: str = "auto"
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    low_bit: Mapping[str, LowBitForm] | None = None,
 ) -> dict[str, str]:
     """Tells what serves each op of a model.
 
@@ -17,9 +25,10 @@ def choose_backends(
         config: the model.
         device, dtype: of its parameters.
         backend: a preference: an op without that backend takes what "auto" chooses.
+        low_bit: name to form of the weights in few bits.
 
     Returns:
-        op -> backend, for the ops that such a model uses.
+        op -> backend, for the ops that such a model uses; "auto" where it depends on the weight.
 
     Raises:
         ValueError: no such backend.
@@ -29,10 +38,35 @@ def choose_backends(
             f"Transformer: backend must be 'auto' or one of {dispatch.BACKENDS}, got {backend!r}"
         )
     call = _call(config, device, dtype)
-    feed_forward = ("route_experts", "expert_mlp") if config.experts else ("silu_mul",)
+    feed_forward = ["route_experts"] if config.experts else ["silu_mul"]
+    weights = _low_bit_facts(config, low_bit or {})
+    in_full = config.layers - sum(name.endswith(".w13") for name in low_bit or ())
+    if config.experts and in_full:
+        feed_forward.append("expert_mlp")
     attention = ("rope_", "store_kv_", "prefill_attention", "decode_attention")
     ops = ("rms_norm", "add_rms_norm", "linear", *attention, *feed_forward)
-    return {op: dispatch.prefer(op, **call, backend=backend) for op in ops}
+    chosen = {op: dispatch.prefer(op, **call, backend=backend) for op in ops}
+    for op, facts in weights:
+        call["facts"] = facts
+        found = dispatch.prefer(op, **call, backend=backend)
+        chosen[op] = found if chosen.get(op, found) == found else "auto"
+    return chosen
+
+
+def _low_bit_facts(
+    config: ModelConfig, low_bit: Mapping[str, LowBitForm]
+) -> list[tuple[str, dispatch.Facts]]:
+    """The low-bit ops that a model uses, once for each kind of weights, and what they ask."""
+    found: dict[tuple[str, dispatch.Facts], None] = {}
+    for name, form in low_bit.items():
+        facts = (("bits", form.bits), ("group_size", form.group_size))
+        if not config.experts or ".attention." in name:
+            found["linear_low_bit", facts] = None
+        elif name.endswith(".w13"):
+            down = low_bit[name.removesuffix("w13") + "w2"]
+            sizes = (("experts", config.experts), ("top_k", config.top_k), *facts)
+            found["expert_mlp_low_bit", (*sizes, ("w2_group_size", down.group_size))] = None
+    return list(found)
 
 
 def decode_backend(

@@ -24,7 +24,14 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Of low-bit weights; a pickle's tensors have these names, too.
+CODE_DTYPES = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in (DTYPES | CODE_DTYPES).items()}
 
 SHARD = re.compile(r".+-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
 
@@ -38,6 +45,20 @@ class Stored(NamedTuple):
     dtype: str
     nbytes: int
     offset: int | None  # of its first byte in the file, None in a pickle
+
+
+def check_dtype(stored: Stored) -> None:
+    """Raises a ValueError, naming file and key, unless the tensor's dtype can be read."""
+    if stored.dtype not in DTYPES:
+        raise ValueError(f"{stored.path}: {stored.key}: dtype {stored.dtype} is not supported")
+
+
+def check_shape(stored: Stored, expected: tuple[int, ...]) -> None:
+    """Raises a ValueError, naming file and key, unless the tensor has the shape expected."""
+    if stored.shape != expected:
+        raise ValueError(
+            f"{stored.path}: {stored.key}: expected shape {expected}, got {stored.shape}"
+        )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from mistral_kernels.model.json_fields import REQUIRED, JsonFields
+from mistral_kernels.model.quantisation import read_quantisation
 
 # Above every model that is published or merged from several, and small enough that the table of a
 # checkpoint's tensors is made in a second before the checkpoint contradicts a corrupt number.
@@ -40,7 +41,7 @@ def native_fields(params: dict[str, Any]) -> dict[str, Any]:
         for key in moe.values.keys() - {"num_experts", "num_experts_per_tok"}:
             moe.refuse(key, "not supported")
     _model_type(fields, ("transformer",), "transformer")
-    _native_quantization(fields)
+    read_quantisation(fields)
     fields.refuse("use_biases", "biases are not supported")
     fields.choice("activation", ("silu",), "silu")
     hidden, q_heads = fields.integer("dim"), fields.integer("n_heads")
@@ -68,24 +69,6 @@ def native_fields(params: dict[str, Any]) -> dict[str, Any]:
         "max_positions": fields.integer("max_seq_len", None)
         or fields.integer("max_position_embeddings", None),
     }
-
-
-def _native_quantization(fields: JsonFields) -> None:
-    """Allows weights in 8 bits, which loading widens; any other method is refused by name."""
-    _refuse_quantization(fields, "quantization", "quant_method", None)
-    _refuse_quantization(fields, "quantization", "qformat_weight", "fp8_e4m3")
-    _refuse_quantization(fields, "quantization_config", "quant_method", None)
-    # NO_SCALES: nothing is stored for activations. They are not quantised here in either case.
-    if quantization := fields.section("quantization"):
-        quantization.choice("qscheme_act", ("TENSOR", "NO_SCALES"), "TENSOR")
-
-
-def _refuse_quantization(fields: JsonFields, section: str, key: str, known: str | None) -> None:
-    """Refuses a section on quantisation whose method is not the known one."""
-    quantization = fields.section(section)
-    if quantization and quantization.get(key, None) != known:
-        got = repr(quantization.get(key, None))
-        raise ValueError(f"{quantization.name(key)}: expected fp8 or no quantization, got {got}")
 
 
 def _native_windows(fields: JsonFields, layers: int) -> tuple[int | None, ...]:
@@ -232,7 +215,7 @@ def _text_part(fields: JsonFields) -> tuple[JsonFields, str]:
     for part in (fields, text):
         _refuse_latent_attention(part)
         part.refuse("n_shared_experts", MLA)
-        _refuse_quantization(part, "quantization_config", "quant_method", "fp8")
+        read_quantisation(part)
     default = "mistral" if wrapper == "mistral3" else REQUIRED
     model_type = _model_type(text, HUGGINGFACE_DEFAULTS, default)
     architectures = fields.get("architectures", [])

@@ -17,10 +17,9 @@ from typing import NamedTuple
 from safetensors import safe_open
 from torch import Tensor
 
-from mistral_kernels.model.checkpoint_files import Stored
+from mistral_kernels.model.checkpoint_files import Stored, check_dtype, check_shape
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.weight_table import Place, half_split_rows, interleaved_rows
-from mistral_kernels.model.weights import check_dtype, check_shape
 
 # The matrices whose rows follow the rope layout, by both formats' names.
 ROTATED = {"wq": "q_heads", "q_proj": "q_heads", "wk": "kv_heads", "k_proj": "kv_heads"}

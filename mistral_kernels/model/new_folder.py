@@ -34,6 +34,7 @@ def check_new_folder(folder: Path, overwrite: bool, replaceable: tuple[str, ...]
         if not overwrite:
             raise FileExistsError(
                 f"{folder}: not empty; overwrite=True replaces the checkpoint in it"
+                " (on the command line --overwrite)"
             )
         if not any(fnmatch(name, pattern) for pattern in replaceable):
             raise FileExistsError(f"{folder}: not replaced, {name} is no part of a checkpoint")
@@ -66,25 +67,39 @@ def new_folder(folder: Path, overwrite: bool, replaceable: tuple[str, ...]) -> I
     """
     anchor = next(parent for parent in folder.parents if parent.exists())
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=anchor) as beside:
-        new, old = Path(beside, "new"), Path(beside, "old")
+        new = Path(beside, "new")
         new.mkdir()  # unlike the temporary folder, with the user's default permissions
         yield new
-        for path in (*new.iterdir(), new):
-            _sync(path)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        check_new_folder(folder, overwrite, replaceable)
-        try:
-            if overwrite and folder.exists():
-                folder.rename(old)
-            new.rename(folder)  # in place of an empty folder too, but of no other
-        except BaseException:
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            raise
-        _sync(folder.parent)
+        put_in_place(new, folder, Path(beside, "old"), overwrite, replaceable)
 
 
-def _sync(path: Path) -> None:
+def put_in_place(
+    new: Path, folder: Path, old: Path, overwrite: bool, replaceable: tuple[str, ...]
+) -> None:
+    """Syncs the files of `new` to the disk and renames it to `folder`.
+
+    Args:
+        new: a folder on the same file system.
+        folder, overwrite, replaceable: as `new_folder` takes them.
+        old: where what is replaced goes; if the renaming fails it comes back.
+    """
+    for path in (*new.iterdir(), new):
+        sync(path)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    check_new_folder(folder, overwrite, replaceable)
+    try:
+        if overwrite and folder.exists():
+            folder.rename(old)
+        new.rename(folder)  # in place of an empty folder too, but of no other
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
     if os.name == "nt":  # syncs neither folders nor files that are open for reading
         return
     descriptor = os.open(path, os.O_RDONLY)

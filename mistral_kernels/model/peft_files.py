@@ -13,12 +13,12 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from mistral_kernels.model.checkpoint_files import Stored, read_headers
+from mistral_kernels.model.checkpoint_files import Stored, check_dtype, check_shape, read_headers
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.low_rank import Pair, check_pairs
 from mistral_kernels.model.peft_settings import PeftSettings
 from mistral_kernels.model.weight_table import Place, huggingface_table
-from mistral_kernels.model.weights import UNUSED, check_dtype, check_shape
+from mistral_kernels.model.weights import UNUSED
 
 logger = logging.getLogger("mistral_kernels")
 

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from mistral_kernels.model.adaptable_module import AdaptableModule
 from mistral_kernels.model.layouts import Layout
+from mistral_kernels.model.low_bit_weight import LowBitWeight, refuse_low_bit
 from mistral_kernels.model.saving import save_checkpoint
 from mistral_kernels.model.weight_table import parameter_shapes
 from mistral_kernels.model.weight_views import WeightView, weight_views
 from mistral_kernels.ops.checks import FLOATS
+from mistral_kernels.ops.low_bit import LowBit
 
 
 class SavableModule(AdaptableModule):
@@ -44,11 +46,12 @@ class SavableModule(AdaptableModule):
                 it only an empty folder is taken; one with other files in it is never replaced.
 
         Raises:
-            TypeError, ValueError: an argument is out of range, or the layout's configuration file
-                cannot express the model.
+            TypeError, ValueError: an argument is out of range, the layout's configuration file
+                cannot express the model, or weights are in few bits.
             OSError: the folder is taken or cannot be written, or the disk is full. Then nothing is
                 left behind, and what was there is untouched.
         """
+        refuse_low_bit(self, "save_pretrained")
         save_checkpoint(
             self._held(),
             self.config,
@@ -74,7 +77,12 @@ class SavableModule(AdaptableModule):
         Returns:
             Key to tensor, a view of the model's memory. Of a model in Hugging Face's rope layout
             wq and wk are copies, since their rows change places.
+
+        Raises:
+            ValueError: weights are in few bits, which those names cannot express. `torch.save` and
+                `copy.deepcopy` take the model as a whole.
         """
+        refuse_low_bit(self, "state_dict")
         state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         held = {name: state.pop(prefix + name) for name in parameter_shapes(self.config)}
         for key, view in weight_views(held, self.config, "native").items():
@@ -102,7 +110,9 @@ class SavableModule(AdaptableModule):
         Raises:
             RuntimeError: keys are missing or unexpected (if strict), or tensors do not fit; all of
                 them are named, and no weight has changed.
+            ValueError: weights are in few bits.
         """
+        refuse_low_bit(self, "load_state_dict")
         views = self._native_views()
         if strict and isinstance(state_dict, Mapping):
             # torch would complain of these only after it has copied the others.
@@ -121,6 +131,15 @@ class SavableModule(AdaptableModule):
                 name = type(self).__name__
                 raise RuntimeError(f"Error(s) in loading state_dict for {name}:\n\t{text}")
         return super().load_state_dict(state_dict, strict, assign)
+
+    def _weights(self) -> dict[str, Tensor | LowBit]:
+        """Name to weight, as `parameter_shapes(config)` has them."""
+        found = {}
+        for name in parameter_shapes(self.config):
+            owner, _, leaf = name.rpartition(".")
+            held = getattr(self.get_submodule(owner), leaf)
+            found[name] = held.tensors if isinstance(held, LowBitWeight) else held
+        return found
 
     def _held(self, prefix: str = "") -> dict[str, nn.Parameter]:
         names = parameter_shapes(self.config)

@@ -94,12 +94,12 @@ def save_checkpoint(
         settings = native_params(config)
     else:
         dtype = parameters["tok_embeddings"].dtype
-        settings = huggingface_config(config, dtype=dtype) | _token_ids(source)
+        settings = huggingface_config(config, dtype=dtype) | token_ids(source)
     target = check_new_folder(Path(folder), overwrite, REPLACEABLE)
     try:
         with new_folder(target, overwrite, REPLACEABLE) as new:
-            _write_json(new / CONFIG_FILES[layout], settings)
-            for path in _tokenizer_files(source):
+            write_json(new / CONFIG_FILES[layout], settings)
+            for path in files_beside(source):
                 shutil.copyfile(path, new / path.name)
             views = weight_views(parameters, config, layout)
             _write_weights(new, views, WEIGHT_FILES[layout], max_shard_bytes)
@@ -130,14 +130,16 @@ def _write_weights(
             progress.advance(bar, sum(tensor.nbytes for tensor in shard.values()))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(folder / f"{pattern.format(suffix='')}.index.json", index)
+        write_json(folder / f"{pattern.format(suffix='')}.index.json", index)
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a file as the published ones are written."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _tokenizer_files(source: Path | None) -> list[Path]:
+def files_beside(source: Path | None) -> list[Path]:
+    """The tokenizer's files, and what else every layout needs, of the folder of a checkpoint."""
     if source is None:
         return []
     if not source.is_dir():
@@ -145,7 +147,7 @@ def _tokenizer_files(source: Path | None) -> list[Path]:
     return sorted(path for pattern in TOKENIZER_FILES for path in source.glob(pattern))
 
 
-def _token_ids(source: Path | None) -> dict[str, Any]:
+def token_ids(source: Path | None) -> dict[str, Any]:
     """The ids of special tokens that the model's own config.json gives, at its top level."""
     path = source / CONFIG_FILES["huggingface"] if source else None
     if path is None or not path.exists():

@@ -6,7 +6,7 @@ belong to each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,9 @@ from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.forward_checks import check_inputs
 from mistral_kernels.model.hub import resolve_folder
-from mistral_kernels.model.layers import BATCH_INVARIANT, Block, Kernels, parameter
+from mistral_kernels.model.layers import BATCH_INVARIANT, Block, Forms, Kernels, parameter
 from mistral_kernels.model.layouts import Layout
+from mistral_kernels.model.low_bit_weight import LowBitForm
 from mistral_kernels.model.rope_tables import RopeTables, rope_tables
 from mistral_kernels.model.savable_module import SavableModule
 from mistral_kernels.model.step import plan_step
@@ -40,9 +41,12 @@ class Transformer(SavableModule):
         max_batch_size: most sequences that `generate` and `stream` run at once.
         backend: a preference: an op without that backend takes what `auto` chooses. `backends`
             tells which backend serves each op.
+        low_bit: name to form of the weights that are in few bits, as `layers.0.attention.wqkv`.
 
     Attributes:
         folder: the checkpoint it was loaded from, None for a model made from a config.
+        quantisation: in words, how that stores the weights that are in few bits; None: all are in
+            full.
         tokenizer: turns text into token ids and back; read from the folder at first use.
     """
 
@@ -54,6 +58,7 @@ class Transformer(SavableModule):
         dtype: torch.dtype | None = None,
         max_batch_size: int = 1,
         backend: str = "auto",
+        low_bit: Mapping[str, LowBitForm] | None = None,
     ):
         super().__init__()
         check_int("Transformer", "max_batch_size", max_batch_size, 1)
@@ -71,6 +76,8 @@ class Transformer(SavableModule):
             ) from error
         self.config, self.max_batch_size = config, max_batch_size
         self.folder: Path | None = None
+        self.quantisation: str | None = None
+        self._low_bit = dict(low_bit or {})
         self._tokenizer: Tokenizer | None = None
         self._kernels: Kernels = {}
         self._tables: RopeTables | None = None
@@ -80,7 +87,8 @@ class Transformer(SavableModule):
         }
         self.tok_embeddings = parameter(config.vocab, config.hidden, **place)
         self.layers = nn.ModuleList(
-            Block(config, window, self._kernels, **place) for window in config.windows
+            Block(config, window, self._kernels, self._forms(n), **place)
+            for n, window in enumerate(config.windows)
         )
         self.norm = parameter(config.hidden, **place)
         if not config.tied_embeddings:
@@ -98,6 +106,7 @@ class Transformer(SavableModule):
         backend: str = "auto",
         layout: Layout | None = None,
         allow_pickle: bool = False,
+        dequantise: bool = False,
     ) -> Transformer:
         """Loads a checkpoint folder; nothing is allocated before all of it has been checked.
 
@@ -112,6 +121,8 @@ class Transformer(SavableModule):
             layout: "native" or "huggingface" where a folder holds both; None: native wins.
             allow_pickle: also reads `consolidated.NN.pth` (or `.pt`) and `pytorch_model*.bin`, by
                 torch's restricted unpickler, which runs no code of theirs.
+            dequantise: widens weights in few bits to the model's dtype, as adapters and
+                `save_pretrained` need them. The model then takes the memory of a full one.
 
         Returns:
             The model, ready to run; its parameters are frozen.
@@ -124,7 +135,9 @@ class Transformer(SavableModule):
         ModelConfig.from_folder(folder, layout)  # what is not supported is never downloaded
         folder = resolve_folder(folder, layout=layout)
         config = ModelConfig.from_folder(folder, layout)
-        checkpoint = Checkpoint(folder, config, layout, allow_pickle=allow_pickle)
+        checkpoint = Checkpoint(
+            folder, config, layout, allow_pickle=allow_pickle, dequantise=dequantise
+        )
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model = cls(
@@ -133,8 +146,10 @@ class Transformer(SavableModule):
             dtype=checkpoint.dtype if dtype is None else dtype,
             max_batch_size=max_batch_size,
             backend=backend,
+            low_bit=checkpoint.forms,
         )
-        checkpoint.copy_to(dict(model.named_parameters()))
+        checkpoint.copy_to(model._weights())
+        model.quantisation = str(checkpoint.quantisation) if checkpoint.forms else None
         model.folder = folder.absolute()  # the current folder may change before it is used
         return model
 
@@ -149,6 +164,12 @@ class Transformer(SavableModule):
     def num_parameters(self, *, active: bool = False) -> int:
         """Weights of the model; `active`: of the experts only the top_k that a token is sent to."""
         return self.config.num_parameters(active=active)
+
+    def _forms(self, layer: int) -> Forms:
+        """The forms of one layer's weights, by their own names."""
+        prefix = f"layers.{layer}."
+        found = self._low_bit.items()
+        return {name.rpartition(".")[2]: f for name, f in found if name.startswith(prefix)}
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -167,7 +188,8 @@ class Transformer(SavableModule):
         Raises:
             ValueError: no such backend; then nothing has changed.
         """
-        chosen = choose_backends(self.config, device=self.device, dtype=self.dtype, backend=backend)
+        how = {"device": self.device, "dtype": self.dtype, "backend": backend}
+        chosen = choose_backends(self.config, **how, low_bit=self._low_bit)
         self.backend = backend
         # In place: the blocks share this dict.
         self._kernels.update({op: BoundOp(op, name) for op, name in chosen.items()})

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mistral_kernels.model.config import ModelConfig
+from mistral_kernels.ops.low_bit import LowBit
 
 # Native keys become Hugging Face ones by these replacements, in this order.
 HUGGINGFACE_NAMES = {
@@ -46,9 +47,15 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
     transposed: bool = False
 
-    def of(self, parameters: Mapping[str, Tensor]) -> Tensor:
+    def of(self, parameters: Mapping[str, Tensor | LowBit]) -> Tensor | LowBit:
         """The part of the parameters, a view whose elements are in the tensor's order."""
-        part = parameters[self.parameter][self.index]
+        whole = parameters[self.parameter]
+        if isinstance(whole, LowBit):
+            *rows, perm = whole
+            parts = [tensor if tensor is None else tensor[self.index] for tensor in rows]
+            # All rows of an expert have one order of columns.
+            return LowBit(*parts, perm if perm is None else perm[self.index[:-1]])
+        part = whole[self.index]
         return part.transpose(-1, -2) if self.transposed else part
 
 

@@ -58,12 +58,12 @@ def weight_views(
     """All tensors of a checkpoint of this model.
 
     Args:
-        parameters: name to tensor, as `parameter_shapes(config)` has them.
+        parameters: name to tensor, as `parameter_shapes(config)` has them, or some of those.
         config: the model, of either rope layout.
         layout: names and order of rows of the checkpoint.
 
     Returns:
-        Key to view, in the order of the model; together they cover every parameter once.
+        Key to view, in the order of the model; together they cover every parameter given once.
     """
     heads = {"wq": config.q_heads, "wk": config.kv_heads}
     half_split = layout == "huggingface"
@@ -71,6 +71,8 @@ def weight_views(
     keys = huggingface_table(config, stacked=False) if half_split else native
     views = {}
     for key, (native_key, place) in zip(keys, native.items(), strict=True):
+        if place.parameter not in parameters:
+            continue
         reordered = (
             heads.get(native_key.split(".")[-2]) if half_split == config.interleaved else None
         )

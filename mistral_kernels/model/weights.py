@@ -7,7 +7,7 @@ tensor goes from the mapped file straight to its place in the model.
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mistral_kernels.model import fp8
 from mistral_kernels.model.byte_bar import byte_bar
 from mistral_kernels.model.checkpoint_files import (
     DTYPES,
     Stored,
+    check_dtype,
+    check_shape,
     huggingface_files,
     native_files,
     open_tensors,
@@ -30,7 +31,11 @@ from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.config_formats import ties_unless_stored
 from mistral_kernels.model.json_fields import read_json
 from mistral_kernels.model.layouts import CONFIG_FILES, Layout
+from mistral_kernels.model.low_bit_joined import joined_forms
+from mistral_kernels.model.low_bit_weight import LowBitForm
 from mistral_kernels.model.page_advice import Advice, advise
+from mistral_kernels.model.quantisation import Quantisation, find_quantisation
+from mistral_kernels.model.stored_low_bit import StoredLowBit, take_low_bit
 from mistral_kernels.model.weight_table import (
     Place,
     checkpoint_table,
@@ -38,6 +43,7 @@ from mistral_kernels.model.weight_table import (
     huggingface_table,
     parameter_shapes,
 )
+from mistral_kernels.ops.low_bit import LowBit
 
 logger = logging.getLogger("mistral_kernels")
 
@@ -49,22 +55,13 @@ UNUSED = re.compile(
     r"|vision_tower|multi_modal_projector)\..*"
 )
 
-
-def check_dtype(stored: Stored) -> None:
-    """Raises a ValueError, naming file and key, unless the tensor's dtype can be read."""
-    if stored.dtype not in DTYPES:
-        raise ValueError(f"{stored.path}: {stored.key}: dtype {stored.dtype} is not supported")
-
-
-def check_shape(stored: Stored, expected: tuple[int, ...]) -> None:
-    """Raises a ValueError, naming file and key, unless the tensor has the shape expected."""
-    if stored.shape != expected:
-        raise ValueError(
-            f"{stored.path}: {stored.key}: expected shape {expected}, got {stored.shape}"
-        )
+# Scales of what is not quantised here: activations, and keys and values of the cache.
+UNUSED_SCALES = re.compile(
+    r".+\.(qscale_act|activation_scale|(input|output)_(scale|zero_point)|[kv]_(scale|zero_point))"
+)
 
 
-def check_parameters(parameters: Mapping[str, Tensor], config: ModelConfig) -> None:
+def check_parameters(parameters: Mapping[str, Tensor | LowBit], config: ModelConfig) -> None:
     """Raises a ValueError unless these are the model's parameters, and not on the meta device."""
     shapes = parameter_shapes(config)
     for name in sorted(shapes.keys() ^ parameters.keys()):
@@ -75,24 +72,35 @@ def check_parameters(parameters: Mapping[str, Tensor], config: ModelConfig) -> N
         if tuple(parameter.shape) != shape:
             got = tuple(parameter.shape)
             raise ValueError(f"parameters: {name}: expected shape {shape}, got {got}")
-        if parameter.is_meta:
+        if _memory(parameter)[0].is_meta:
             raise ValueError(f"parameters: {name}: expected memory, got a meta tensor")
+
+
+def _memory(parameter: Tensor | LowBit) -> list[Tensor]:
+    """The tensors of a weight."""
+    held = parameter if isinstance(parameter, LowBit) else (parameter,)
+    return [tensor for tensor in held if tensor is not None]
 
 
 class Checkpoint:
     """A checkpoint folder whose files fit the model, checked from their headers alone.
+
+    Of low-bit weights with act-order the order is read as well.
 
     Args:
         folder: path of the checkpoint.
         config: the model, as read from that folder.
         layout: "native" or "huggingface"; None = the one that `config` was read from.
         allow_pickle: whether `consolidated.NN.pth` and `pytorch_model*.bin` may be read.
+        dequantise: no weight is to stay in few bits.
 
     Attributes:
         config: the model; its embeddings are tied if the files say so and the config says nothing.
-        dtype: the dtype that most of the weights' bytes have (norms are sometimes wider); of those
-            that are not in 8 bits, as these are widened to it.
+        dtype: the dtype that most of the weights' bytes have (norms are sometimes wider), of those
+            that are not in few bits.
         nbytes: bytes in the files of the tensors that the model takes.
+        quantisation: how weights are stored in few bits; None: none is.
+        forms: name to form of the parameters that stay in few bits.
 
     Raises:
         FileNotFoundError, NotADirectoryError: the folder or a file that it must hold is absent.
@@ -107,6 +115,7 @@ class Checkpoint:
         layout: Layout | None = None,
         *,
         allow_pickle: bool = False,
+        dequantise: bool = False,
     ):
         self.folder = Path(folder)
         rope_layout = "native" if config.interleaved else "huggingface"
@@ -118,17 +127,38 @@ class Checkpoint:
         files = find(self.folder, allow_pickle)
         stored = read_headers(files)
         self._drop(stored, UNUSED, "that a text model does not use")
-        self._drop(stored, fp8.ACTIVATION_SCALE, "that scale activations in 8 bits")
-        self._scales = _take_scales(stored)
+        self._drop(stored, UNUSED_SCALES, "that scale what is not quantised here")
         self.config = _resolve_ties(self.folder, stored, config)
         source = files[0] if len(files) == 1 else self.folder
-        self._tensors = _assign(source, stored, self.config, self._scales)
+        described = self.folder / CONFIG_FILES[rope_layout]
+        self.quantisation = _quantisation(described)
+        self._tensors = _assign(source, stored, self.config, self.quantisation)
+        if self.quantisation and not any(isinstance(s, StoredLowBit) for s, _ in self._tensors):
+            raise ValueError(f"{described}: says {self.quantisation}, but no weight is quantised")
+        self.forms: dict[str, LowBitForm] = {}
+        if self.quantisation:
+            self.forms = self._forms(dequantise)
         sizes: Counter[str] = Counter()
         for tensor, _ in self._tensors:
-            sizes[tensor.dtype] += tensor.nbytes
-        self.nbytes: int = sizes.total()
-        del sizes[fp8.DTYPE]
+            if isinstance(tensor, Stored):
+                sizes[tensor.dtype] += tensor.nbytes
+        self.nbytes: int = sum(tensor.nbytes for tensor, _ in self._tensors)
         self.dtype: torch.dtype = DTYPES[max(sizes, key=sizes.__getitem__)]
+
+    def _forms(self, dequantise: bool) -> dict[str, LowBitForm]:
+        """The forms of what stays in few bits, with a line on what was found."""
+        note = self.quantisation.note
+        aside = f"; {note} are not quantised here" if note else ""
+        if dequantise:
+            logger.info("%s: %s, widened%s", self.folder, self.quantisation, aside)
+            return {}
+        logger.info("%s: %s%s", self.folder, self.quantisation, aside)
+        forms, widened = joined_forms(self._tensors, parameter_shapes(self.config))
+        if widened:
+            name, reason = next(iter(widened.items()))
+            text = "%s: widened %d weights, such as %s: %s"
+            logger.info(text, self.folder, len(widened), name, reason)
+        return forms
 
     def _drop(self, stored: dict[str, Stored], pattern: re.Pattern[str], reason: str) -> None:
         """Takes keys out of `stored`, with one line about them."""
@@ -140,66 +170,71 @@ class Checkpoint:
             logger.info(skipped, self.folder, len(keys), reason, keys[0])
 
     @torch.no_grad()
-    def copy_to(self, parameters: Mapping[str, Tensor]) -> None:
+    def copy_to(self, parameters: Mapping[str, Tensor | LowBit]) -> None:
         """Copies every tensor to its place, with a progress bar if stderr is a terminal.
 
         Args:
-            parameters: name to tensor, as `parameter_shapes(config)` has them; any floating dtype
-                and device, each value is converted on its way.
+            parameters: name to weight, as `parameter_shapes(config)` has them, on any device: a
+                tensor of any floating dtype, to which each value is converted on its way, or of
+                those in `forms` a weight of that form.
 
         Raises:
-            ValueError: the parameters are not those of the model; nothing was written.
+            ValueError: the parameters are not those of the model, then nothing was written; or a
+                scale of low-bit weights is not finite.
         """
         check_parameters(parameters, self.config)
         for parameter in parameters.values():
-            advise(parameter, Advice.HUGE_PAGES)
-        scales = self._read_scales()
+            for tensor in _memory(parameter):
+                advise(tensor, Advice.HUGE_PAGES)
         with byte_bar("loading") as progress:
             bar = progress.add_task("", total=self.nbytes)
-            for path, tensors in groupby(self._tensors, key=lambda pair: pair[0].path):
-                with open_tensors(path) as read:
-                    for stored, place in tensors:
-                        target = place.of(parameters)
-                        if not read_into(target, stored):
-                            _convert(target, read(stored.key), scales.get(stored.key))
-                        progress.advance(bar, stored.nbytes)
+            for nbytes in self._copy(self._tensors, parameters):
+                progress.advance(bar, nbytes)
 
-    def _read_scales(self) -> dict[str, Tensor]:
-        """The scales of all weights in 8 bits, which may lie in other files than their weights."""
-        scales = {}
-        by_path = sorted(self._scales.items(), key=lambda pair: pair[1].path)
-        for path, pairs in groupby(by_path, key=lambda pair: pair[1].path):
+    @torch.no_grad()
+    def read(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Reads some of the model's parameters.
+
+        Args:
+            names: of `parameter_shapes(config)`.
+
+        Returns:
+            Name to tensor, of dtype `dtype` on the CPU; what is in few bits is widened.
+        """
+        shapes = parameter_shapes(self.config)
+        found = {name: torch.empty(shapes[name], dtype=self.dtype, device="cpu") for name in names}
+        wanted = [pair for pair in self._tensors if pair[1].parameter in found]
+        for _ in self._copy(wanted, found):
+            pass
+        return found
+
+    def _copy(
+        self,
+        tensors: list[tuple[Stored | StoredLowBit, Place]],
+        parameters: Mapping[str, Tensor | LowBit],
+    ) -> Iterator[int]:
+        """Copies these tensors to their places; yields the bytes of each."""
+        for path, of_file in groupby(tensors, key=lambda pair: pair[0].path):
             with open_tensors(path) as read:
-                # Cloned: views would keep every file mapped.
-                scales |= {key: read(scale.key).clone() for key, scale in pairs}
-        return scales
+                for stored, place in of_file:
+                    target = place.of(parameters)
+                    if isinstance(stored, StoredLowBit):
+                        stored.copy_to(target, read)
+                    elif not read_into(target, stored):
+                        tensor = read(stored.key)
+                        advise(tensor, Advice.READ_AHEAD)
+                        target.copy_(tensor.view(target.shape))
+                    yield stored.nbytes
 
 
-def _convert(target: Tensor, tensor: Tensor, scale: Tensor | None) -> None:
-    """Copies a mapped tensor to memory of another dtype, order or device; 8 bits have a scale."""
-    advise(tensor, Advice.READ_AHEAD)
-    if scale is None:
-        target.copy_(tensor.view(target.shape))
-    else:
-        fp8.dequantise_(target, tensor, scale)
-
-
-def _take_scales(stored: dict[str, Stored]) -> dict[str, Stored]:
-    """Takes the scales of weights in 8 bits out of `stored`; key of the weight to scale."""
-    scales = {}
-    for key, scale in list(stored.items()):
-        if match := fp8.WEIGHT_SCALE.fullmatch(key):
-            weight = stored.get(f"{match[1]}weight")
-            if weight is None or weight.dtype != fp8.DTYPE:
-                raise ValueError(f"{scale.path}: {key}: scales no weight of dtype {fp8.DTYPE}")
-            check_dtype(scale)
-            if fp8.scale_grid(scale.shape, weight.shape) is None:
-                raise ValueError(
-                    f"{scale.path}: {key}: expected one scale, or one for each row or block of"
-                    f" {weight.shape}, got shape {scale.shape}"
-                )
-            scales[weight.key] = stored.pop(key)
-    return scales
+def _quantisation(path: Path) -> Quantisation | None:
+    """What a configuration file, if there is one, says of quantised weights."""
+    if not path.exists():
+        return None
+    try:
+        return find_quantisation(read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _resolve_ties(folder: Path, stored: dict[str, Stored], config: ModelConfig) -> ModelConfig:
@@ -227,31 +262,24 @@ def _expected(stored: dict[str, Stored], config: ModelConfig) -> tuple[dict[str,
 
 
 def _assign(
-    source: Path, stored: dict[str, Stored], config: ModelConfig, scales: dict[str, Stored]
-) -> list[tuple[Stored, Place]]:
+    source: Path, stored: dict[str, Stored], config: ModelConfig, quantisation: Quantisation | None
+) -> list[tuple[Stored | StoredLowBit, Place]]:
     """Pairs every tensor with its place; what is missing, unknown or misshapen is refused."""
     table, embedding, output = _expected(stored, config)
-    pairs: dict[str, tuple[Stored, Place]] = {}
-    tied = None
-    for tensor in stored.values():
-        # Multimodal checkpoints name their text part `language_model.model.` or, as transformers 5
-        # holds it in memory, `model.language_model.`.
-        key = re.sub(r"^language_model\.|(?<=^model\.)language_model\.", "", tensor.key)
-        if key in pairs:
-            raise ValueError(f"{tensor.path}: {tensor.key}: stored twice")
-        if tensor.key not in scales:
-            if tensor.dtype == fp8.DTYPE:
-                raise ValueError(
-                    f"{tensor.path}: {tensor.key}: dtype {tensor.dtype} without a scale"
-                )
+    found = _by_key(stored)
+    pairs: dict[str, tuple[Stored | StoredLowBit, Place]] = {}
+    for key, place in table.items():
+        low_bit = quantisation and take_low_bit(found, key, place.shape, quantisation)
+        if low_bit:
+            pairs[key] = low_bit, place
+        elif key in found:
+            tensor = found.pop(key)
             check_dtype(tensor)
-        if config.tied_embeddings and key == output:
-            tied = tensor
-        elif key not in table:
-            raise ValueError(f"{tensor.path}: {tensor.key}: not a tensor of this model")
-        else:
-            check_shape(tensor, table[key].shape)
-            pairs[key] = tensor, table[key]
+            check_shape(tensor, place.shape)
+            pairs[key] = tensor, place
+    tied = found.pop(output, None) if config.tied_embeddings else None
+    for tensor in found.values():
+        raise ValueError(f"{tensor.path}: {tensor.key}: not a tensor of this model")
     missing = [key for key in table if key not in pairs]
     if missing:
         others = f", and so are {len(missing) - 1} others" if missing[1:] else ""
@@ -260,7 +288,23 @@ def _assign(
         raise ValueError(
             f"{tied.path}: {tied.key}: differs from {embedding}, to which the config ties it"
         )
-    return list(pairs.values())
+    # In the order of the files' bytes, so that each file is opened once and read forward.
+    return sorted(pairs.values(), key=lambda pair: (pair[0].path, pair[0].offset or 0))
+
+
+def _by_key(stored: dict[str, Stored]) -> dict[str, Stored]:
+    """The tensors by their keys in a text model.
+
+    Multimodal checkpoints name their text part `language_model.model.` or, as transformers 5 holds
+    it in memory, `model.language_model.`.
+    """
+    found: dict[str, Stored] = {}
+    for tensor in stored.values():
+        key = re.sub(r"^language_model\.|(?<=^model\.)language_model\.", "", tensor.key)
+        if key in found:
+            raise ValueError(f"{tensor.path}: {tensor.key}: stored twice")
+        found[key] = tensor
+    return found
 
 
 def _same_values(left: Stored, right: Stored) -> bool:

@@ -48,6 +48,8 @@ WORD = 8  # codes of a 32-bit word: a 4-bit row holds whole words
 DTYPES = {INT8: 3, FP8: 4, INT4: 5}  # of csrc/dtype.h
 CUDA_ROWS = 8  # kTileTokens of csrc/cuda/row_sums.cuh
 CUDA_GROUP = 32  # CUDA's groups are so many columns, or a multiple, or the whole row
+# What lies between the ends of symmetric codes, halved, as compressed-tensors counts it.
+HALF_SPAN = {INT4: 7.5, INT8: 127.5, FP8: torch.finfo(FP8).max}
 
 
 class LowBit(NamedTuple):
@@ -108,6 +110,26 @@ def unpack(qweight: Tensor) -> Tensor:
     return torch.stack((qweight & 15, qweight >> 4), -1).flatten(-2)
 
 
+def nearest_values(weight: Tensor, scales: Tensor, kind: torch.dtype) -> Tensor:
+    """What symmetric codes can give that is nearest to a weight.
+
+    Args:
+        weight: float32, any shape.
+        scales: those of the layout, one for each value, or a shape that broadcasts to that.
+        kind: INT4, INT8 or FP8.
+
+    Returns:
+        code * scale, float32, weight's shape.
+    """
+    scales = scales.float()
+    codes = weight / torch.where(scales == 0, 1, scales)
+    if kind == FP8:
+        limit = torch.finfo(FP8).max
+        return codes.clamp_(-limit, limit).to(FP8).float().mul_(scales)
+    most = HALF_SPAN[kind] - 0.5
+    return codes.round_().clamp_(-most - 1, most).mul_(scales)
+
+
 def round_to_codes(
     weight: Tensor, scales: Tensor, zeros: Tensor | None, kind: torch.dtype
 ) -> LowBit:
@@ -151,11 +173,8 @@ def quantise(
     """
     groups = weight.float().unflatten(-1, (-1, group_size or weight.shape[-1]))
     if symmetric:
-        # As compressed-tensors does: half of the codes' span; -8 .. 7 for 4 bits.
-        span = {INT4: 7.5, INT8: 127.5, FP8: torch.finfo(FP8).max}[kind]
-        return round_to_codes(
-            weight.float(), (groups.abs().amax(-1) / span).to(weight.dtype), None, kind
-        )
+        scales = (groups.abs().amax(-1) / HALF_SPAN[kind]).to(weight.dtype)
+        return round_to_codes(weight.float(), scales, None, kind)
     least, most = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scales = ((most - least) / (2 ** BITS[kind] - 1)).to(weight.dtype)
     first = 0 if kind == INT4 else -128
