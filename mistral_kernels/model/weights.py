@@ -23,6 +23,7 @@ from mistral_kernels.model.checkpoint_files import (
     check_shape,
     huggingface_files,
     native_files,
+    open_at_need,
     open_tensors,
     read_headers,
     read_into,
@@ -242,11 +243,13 @@ def _assign(
     table, embedding, output = _expected(stored, config)
     found = _by_key(stored)
     pairs: dict[str, tuple[Stored | StoredLowBit, Place]] = {}
+    if quantisation:
+        with open_at_need() as read:
+            for key, place in table.items():
+                if low_bit := take_low_bit(found, key, place.shape, quantisation, read):
+                    pairs[key] = low_bit, place
     for key, place in table.items():
-        low_bit = quantisation and take_low_bit(found, key, place.shape, quantisation)
-        if low_bit:
-            pairs[key] = low_bit, place
-        elif key in found:
+        if key in found:
             tensor = found.pop(key)
             check_dtype(tensor)
             check_shape(tensor, place.shape)
