@@ -248,3 +248,11 @@ FORMATS = {
         _read_plain,
     ),
 }
+# What a tensor of low-bit weights may be called, and no other is.
+NAMES = {
+    name
+    for format in FORMATS.values()
+    for spec in format.roles.values()
+    for name in spec.names
+    if name not in ("weight", "bias")
+}
