@@ -64,15 +64,19 @@ class RollingCache(Cache):
         Raises:
             RuntimeError: an interrupted step has left some layers a token ahead of others.
         """
+        self.check_step(layer_idx, key_states.shape[2])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def check_step(self, layer_idx: int, new: int) -> None:
+        """Refuses a step of `new` tokens that goes on from an interrupted one."""
         if layer_idx and not torch.compiler.is_compiling():
             first, tokens = self.layers[0]._tokens, self.layers[layer_idx]._tokens
             # None: a compiled step went before, and the host does not know.
-            if None not in (first, tokens) and first != tokens + key_states.shape[2]:
+            if None not in (first, tokens) and first != tokens + new:
                 raise RuntimeError(
                     f"RollingCache: a step was interrupted: layer {layer_idx} holds {tokens} tokens"
-                    f" before {key_states.shape[2]} new ones, layer 0 {first}; reset() it"
+                    f" before {new} new ones, layer 0 {first}; reset() it"
                 )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def nbytes(self) -> int:

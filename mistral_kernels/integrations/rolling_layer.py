@@ -127,10 +127,17 @@ class RollingLayer(CacheLayerMixin):
                 max_tokens.
             RuntimeError: the tokens of the last call were never attended.
         """
-        batch, heads, tokens, head_dim = key_states.shape
-        if not self.is_initialized or (not self._holds(key_states) and self._tokens == 0):
+        if not self.is_initialized or (self._tokens == 0 and not self._holds(key_states)):
             self.lazy_initialization(key_states, value_states)
-        if not self._holds(key_states):
+        batch, heads, tokens, head_dim = key_states.shape
+        self.expect(batch, heads, tokens, head_dim)
+        self._pending = True
+        new = NewTokens(self, key_states, value_states)
+        return new, new
+
+    def expect(self, batch: int, heads: int, tokens: int, head_dim: int) -> None:
+        """Makes room for new tokens, or refuses them as `update` says."""
+        if (batch, heads, head_dim) != (self.batch_size, self.kv_heads, self.head_dim):
             raise ValueError(
                 f"RollingCache: it holds {self.batch_size} sequences, got {batch}; reset() it first"
                 if batch != self.batch_size
@@ -144,9 +151,10 @@ class RollingLayer(CacheLayerMixin):
             )
         if not self.rolls:
             self._make_room(tokens)
-        self._pending = True
-        new = NewTokens(self, key_states, value_states)
-        return new, new
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the ring is there for keys and values like x, without a cast."""
+        return self.is_initialized and self.dtype == x.dtype and self.device == x.device
 
     def _holds(self, keys: Tensor) -> bool:
         """Whether the ring was made for such (batch, kv_heads, tokens, head_dim)."""
@@ -191,21 +199,37 @@ class RollingLayer(CacheLayerMixin):
         scale: float | None,
     ) -> Tensor:
         """Attention of q (batch * tokens, q_heads, head_dim) over the ring and new tokens."""
+        k, v = (packed(x).to(self.dtype) for x in (keys, values))
+        if plan is None:
+            plan = AttentionPlan.of_batch(
+                self.batch_size,
+                keys.shape[2],
+                context=self.length,
+                starts=None,
+                device=self.device,
+            )
+        return self.attend_rows(q.to(self.dtype), k, v, keys.shape[2], plan, window, scale)
+
+    def attend_rows(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tokens: int,
+        plan: AttentionPlan,
+        window: int | None,
+        scale: float | None,
+    ) -> Tensor:
+        """As `attend`, of q, k and v (batch * tokens, heads, head_dim) in the ring's dtype."""
         if self.window is not None and (window is None or window > self.window):
             raise ValueError(
                 f"RollingCache: a layer attends over a window of {window}, but its ring was made"
                 f" for {self.window}; make the cache from this model's config"
             )
-        refuse_gradient(q, keys, values)
-        tokens = keys.shape[2]
-        k, v = (packed(x).to(self.dtype) for x in (keys, values))
-        if plan is None:
-            plan = AttentionPlan.of_batch(
-                self.batch_size, tokens, context=self.length, starts=None, device=self.device
-            )
+        refuse_gradient(q, k, v)
         ring = (self.keys, self.values, self.block_table)
         how = {"window": window, "scale": scale, "decode": self._decode(q.shape[1])}
-        out = plan.attend(q.to(self.dtype), k, v, ring, **how)
+        out = plan.attend(q, k, v, ring, **how)
         if tokens > 1:
             STORE(k, v, *ring, plan.cu_seqlens, plan.context_lens, *NOT_QUANTISED)
         self._advance(tokens)

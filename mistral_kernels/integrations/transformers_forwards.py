@@ -15,10 +15,11 @@ from mistral_kernels.ops import rms_norm
 from mistral_kernels.ops.checks import compute_dtype
 from mistral_kernels.ops.dispatch import BoundOp
 
-NAMES = ("linear", "rms_norm", "rope", "route_experts")
-LINEAR, RMS_NORM, ROPE, ROUTE_EXPERTS = (BoundOp(name, "auto") for name in NAMES)
+NAMES = ("linear", "rms_norm", "rope", "route_experts", "silu_mul")
+LINEAR, RMS_NORM, ROPE, ROUTE_EXPERTS, SILU_MUL = (BoundOp(name, "auto") for name in NAMES)
 
 ROTATE = "apply_rotary_pos_emb"  # the function that attention layers call by this global name
+ROTATED: dict[type[nn.Module], Callable] = {}  # what `rotated_forward` has made
 
 
 class Rotation(NamedTuple):
@@ -47,6 +48,11 @@ def linear_forward(self: nn.Linear, x: Tensor) -> Tensor:
         return LINEAR(x, weight, False)
     # Autocast, one vector, a transposed weight, or a mistake: torch has the answer.
     return functional.linear(x, weight)
+
+
+def feed_forward(self: nn.Module, x: Tensor) -> Tensor:
+    gate_up = torch.cat((self.gate_proj(x), self.up_proj(x)), -1)
+    return self.down_proj(SILU_MUL(gate_up))
 
 
 def router_forward(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,3 +105,15 @@ def with_our_rotation(forward: Callable) -> Callable:
     copied = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
     copied.__kwdefaults__ = forward.__kwdefaults__
     return copied
+
+
+def attention_forward(self: nn.Module, *inputs, **named) -> tuple[Tensor, None]:
+    """Any attention, rotated by our op."""
+    return rotated_forward(type(self))(self, *inputs, **named)
+
+
+def rotated_forward(attention: type[nn.Module]) -> Callable:
+    """The forward of a class of attention, with our rotation."""
+    if attention not in ROTATED:
+        ROTATED[attention] = with_our_rotation(attention.forward)
+    return ROTATED[attention]

@@ -12,27 +12,21 @@ from functools import partial
 from types import MethodType
 
 from torch import nn
-from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from mistral_kernels.integrations.transformers_decode import (
-    attention_forward,
-    feed_forward,
-    mixture_forward,
-    plain_attention_forward,
-    rotated_forward,
-)
+from mistral_kernels.integrations.transformers_decode import layer_forward
 from mistral_kernels.integrations.transformers_experts import SILU
 from mistral_kernels.integrations.transformers_forwards import (
     ROTATE,
+    attention_forward,
+    feed_forward,
     linear_forward,
     norm_forward,
+    rotated_forward,
     router_forward,
     tables_forward,
 )
 
-# Between their projections and attention is the rotation and no more.
-PLAIN = ("llama", "ministral", "mistral", "mixtral")
-FAMILIES = (*PLAIN, "ministral3", "qwen2", "qwen3")
+FAMILIES = ("llama", "ministral", "ministral3", "mistral", "mixtral", "qwen2", "qwen3")
 MODULES = {f"transformers.models.{name}.modeling_{name}" for name in FAMILIES}
 BEFORE = "_before_mistral_kernels"  # of a swapped module: (our forward, what stood in its place)
 # Where a module's own forward stands: accelerate's hooks, put on and off at any time, move it.
@@ -41,10 +35,6 @@ PLACES = ("forward", "_old_forward")
 
 def _is(module: nn.Module, ending: str) -> bool:
     return type(module).__module__ in MODULES and type(module).__name__.endswith(ending)
-
-
-def _is_plain(attention: nn.Module) -> bool:
-    return type(attention).__module__.split(".")[2] in PLAIN
 
 
 def _has_own_forward(module: nn.Module) -> bool:
@@ -86,9 +76,9 @@ def _replacement(module: nn.Module, rotates: bool) -> tuple[str, Callable] | Non
         return "rope", tables_forward
     if rotates and _is(module, "Attention"):
         rotated_forward(type(module))  # made now: a compiler could not
-        return "rope", plain_attention_forward if _is_plain(module) else attention_forward
-    if type(module) is MixtralSparseMoeBlock:
-        return "expert_mlp", mixture_forward
+        return "rope", attention_forward
+    if _is(module, "DecoderLayer"):
+        return "add_rms_norm", layer_forward
     # On a GPU torch's product is the one that `linear` would call.
     if type(module) is nn.Linear and module.bias is None and module.weight.device.type == "cpu":
         return "linear", linear_forward
@@ -98,10 +88,10 @@ def _replacement(module: nn.Module, rotates: bool) -> tuple[str, Callable] | Non
 def enable(model: nn.Module) -> dict[str, str]:
     """Swaps parts of a model of transformers for our ops, in place.
 
-    RMSNorm, rotary embeddings, SwiGLU feed-forwards and Mixtral's mixtures of Mistral, Mixtral,
-    Ministral, Ministral 3, Llama, Qwen 2 and Qwen 3; on the CPU also linear layers without a bias,
-    of any model. Gradients flow through all of them. Attention and experts have their own switch:
-    `attn_implementation`, `experts_implementation`.
+    RMSNorm, rotary embeddings, SwiGLU feed-forwards, Mixtral's routers and decoder layers of
+    Mistral, Mixtral, Ministral, Ministral 3, Llama, Qwen 2 and Qwen 3; on the CPU also linear
+    layers without a bias, of any model. Gradients flow through all of them. Attention and experts
+    have their own switch: `attn_implementation`, `experts_implementation`.
 
     Args:
         model: a model of transformers, or any module that holds one, such as a PEFT model. Modules
