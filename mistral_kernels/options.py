@@ -93,6 +93,9 @@ class Loading(NamedTuple):
     ] = "auto"
     layout: LayoutOption = None
     allow_pickle: AllowPickleOption = False
+    dequantise: Annotated[
+        bool, typer.Option("--dequantise", help="Widen low-bit weights, as adapters need it.")
+    ] = False
 
 
 def torch_device(name: str | None) -> torch.device | None:
@@ -147,6 +150,7 @@ def load_model(
         backend=loading.backend,
         layout=loading.layout,
         allow_pickle=loading.allow_pickle,
+        dequantise=loading.dequantise,
     )
     model.tokenizer = tokenizer
     load_adapters(model, adapters)
