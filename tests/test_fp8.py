@@ -143,10 +143,10 @@ OWNER = "layers.1.attention.wk."
     ("key", "change", "message"),
     [
         ("qscale_weight", None, "or qscale_weight or .*: missing"),
-        ("qscale_weight", torch.ones(3), r"qscale_weight: expected .* one scale, .* shape \(3,\)"),
+        ("qscale_weight", torch.ones(3), r"qscale_weight: expected .* scales for .* shape \(3,\)"),
         ("qscale_weight", torch.ones(1, 1, 1), r"qscale_weight: .* got shape \(1, 1, 1\)"),
         ("qscale_weight", torch.ones(0), r"qscale_weight: .* got shape \(0,\)"),
-        ("qscale_weight", torch.ones(4, 3), r"\(16, 32\), .* got shape \(4, 3\)"),
+        ("qscale_weight", torch.ones(4, 3), r"scales for \(16, 32\), got shape \(4, 3\)"),
         ("qscale_weight", torch.ones((), dtype=torch.int32), "expected dtype F32 .* got I32"),
         ("weight", torch.ones(16, 32), "weight: expected dtype F8_E4M3 for fp8, FP8, got F32"),
         ("weight", torch.ones(16, 32).to(torch.float8_e5m2), "expected dtype .* got F8_E5M2"),

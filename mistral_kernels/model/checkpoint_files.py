@@ -7,7 +7,7 @@ import json
 import re
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,6 +104,24 @@ def open_tensors(path: Path) -> Iterator[Callable[[str], Tensor]]:
         return
     with open_safetensors(path) as file:
         yield file.get_tensor
+
+
+@contextmanager
+def open_at_need() -> Iterator[Callable[[Stored], Tensor]]:
+    """Reads small tensors of many files, each opened at its first tensor and closed at the end.
+
+    Yields:
+        A function that takes what a header says of a tensor and returns it, a view of the mapping.
+    """
+    with ExitStack() as stack:
+        files: dict[Path, Callable[[str], Tensor]] = {}
+
+        def read(stored: Stored) -> Tensor:
+            if stored.path not in files:
+                files[stored.path] = stack.enter_context(open_tensors(stored.path))
+            return files[stored.path](stored.key)
+
+        yield read
 
 
 def read_headers(paths: list[Path]) -> dict[str, Stored]:

@@ -88,7 +88,9 @@ def kind(quantisation: Quantisation) -> torch.dtype:
 
 def _octets(packed: Tensor) -> Tensor:
     """(..., n) words -> (..., 4 n) bytes, the lowest first."""
-    return packed.contiguous().view(torch.uint8)
+    if packed.stride(-1) != 1:  # is_contiguous() does not tell, where a row is one word
+        packed = packed.clone(memory_format=torch.contiguous_format)
+    return packed.view(torch.uint8)
 
 
 def _codes(packed: Tensor, bits: int) -> Tensor:
@@ -104,6 +106,12 @@ def _signed(octets: Tensor) -> Tensor:
 
 def _word_slice(rows: slice, bits: int) -> slice:
     return slice(rows.start * bits // WORD_BITS, words(rows.stop, bits))
+
+
+def _by_row(scales: Tensor, rows: int) -> Tensor:
+    """A grid of scales, as one line of them for each row of the matrix."""
+    grid = scales.reshape(*scales.shape, *(1,) * (2 - scales.dim()))
+    return grid.repeat_interleave(rows // len(grid), 0)
 
 
 def _awq_shapes(quantisation: Quantisation, rows: int, columns: int) -> Shapes:
@@ -153,7 +161,6 @@ def _packed_shapes(quantisation: Quantisation, rows: int, columns: int) -> Shape
     return {
         "codes": (rows, words(columns, bits)),
         "zeros": (words(rows, bits), groups),
-        "scales": (rows, groups),
         "order": (columns,),
         "shape": (2,),
     }
@@ -166,7 +173,8 @@ def _read_packed(quantisation: Quantisation, parts: Parts, rows: slice) -> LowBi
     if zeros is not None:
         zeros = _codes(zeros[_word_slice(rows, bits)].T, bits)
         zeros = zeros[:, : rows.stop - rows.start].T
-    return LowBit(octets if bits == 4 else _signed(octets), parts["scales"][rows], zeros)
+    codes = octets if bits == 4 else _signed(octets)
+    return LowBit(codes, _by_row(parts["scales"], len(parts["codes"]))[rows], zeros)
 
 
 def _plain_shapes(quantisation: Quantisation, rows: int, columns: int) -> Shapes:
@@ -175,18 +183,12 @@ def _plain_shapes(quantisation: Quantisation, rows: int, columns: int) -> Shapes
 
 def _read_plain(quantisation: Quantisation, parts: Parts, rows: slice) -> LowBit:
     stored = parts["codes"]
-
-    def by_row(scales: Tensor) -> Tensor:
-        row_blocks, column_blocks = scale_grid(scales.shape, stored.shape)
-        grid = scales.reshape(row_blocks, column_blocks)
-        return grid.repeat_interleave(len(stored) // row_blocks, 0)[rows]
-
-    zeros = by_row(parts["zeros"]) if "zeros" in parts else None
-    codes = stored[rows]
+    codes, scales = stored[rows], _by_row(parts["scales"], len(stored))[rows]
+    zeros = _by_row(parts["zeros"], len(stored))[rows] if "zeros" in parts else None
     if kind(quantisation) == INT4:  # -8 .. 7
         codes = pack((codes + 8).to(INT4))
         zeros = None if zeros is None else (zeros + 8).to(INT4)
-    return LowBit(codes, by_row(parts["scales"]), zeros)
+    return LowBit(codes, scales, zeros)
 
 
 def _ordered(quantisation: Quantisation) -> bool:
@@ -245,4 +247,12 @@ FORMATS = {
         _plain_shapes,
         _read_plain,
     ),
+}
+# What a tensor of low-bit weights may be called, and no other is.
+NAMES = {
+    name
+    for format in FORMATS.values()
+    for spec in format.roles.values()
+    for name in spec.names
+    if name not in ("weight", "bias")
 }

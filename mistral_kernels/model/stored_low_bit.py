@@ -74,7 +74,8 @@ class StoredLowBit(NamedTuple):
         tensors = {}
         for role in self.parts.keys() & {"codes", "scales", "zeros"}:
             stored = self.parts[role]
-            tensor = read(stored.key) if stored.path == self.path else read_alone(stored)
+            # Tensors of one matrix lie in one file, but where a shard ends between them.
+            tensor = read(stored.key) if stored.path == self.path else _read_alone(stored)
             advise(tensor, Advice.READ_AHEAD)
             if role == "scales" and not tensor.isfinite().all():
                 raise ValueError(f"{stored.path}: {stored.key}: holds values that are not finite")
@@ -110,14 +111,18 @@ def _chunks(shape: tuple[int, int]) -> Iterator[slice]:
         yield slice(start, min(start + count, rows))
 
 
-def read_alone(stored: Stored) -> Tensor:
-    """A small tensor, copied out of its file."""
+def _read_alone(stored: Stored) -> Tensor:
+    """A tensor copied out of its file."""
     with open_tensors(stored.path) as read:
         return read(stored.key).clone()
 
 
 def take_low_bit(
-    found: dict[str, Stored], key: str, shape: tuple[int, ...], quantisation: Quantisation
+    found: dict[str, Stored],
+    key: str,
+    shape: tuple[int, ...],
+    quantisation: Quantisation,
+    read: Callable[[Stored], Tensor],
 ) -> StoredLowBit | None:
     """Takes the tensors of one matrix out of those that were found.
 
@@ -126,6 +131,7 @@ def take_low_bit(
         key: of the matrix where it is not quantised, such as "layers.0.attention.wq.weight".
         shape: of the matrix.
         quantisation: how the checkpoint stores such matrices.
+        read: reads a small tensor.
 
     Returns:
         The matrix; None if it is not quantised, then nothing was taken.
@@ -157,16 +163,15 @@ def take_low_bit(
         _check_dtype(part, role, quantisation)
         del found[owner + dot + part.key.rpartition(".")[2]]
     groups = _check_shapes(parts, shape, quantisation)
-    perm = _perm(parts, shape[1], groups)
-    _check_small(parts, shape)
-    codes_kind = kind(quantisation)
-    stored_zeros = "zeros" in parts
-    dropped = quantisation.method == "gptq" and quantisation.symmetric
+    perm = _perm(parts["order"], shape[1], groups, read) if "order" in parts else None
+    _check_small(parts, shape, read)
+    # GPTQ stores the zeros of symmetric codes as well.
+    implied = quantisation.method == "gptq" and quantisation.symmetric
     form = LowBitForm(
-        codes_kind,
+        kind(quantisation),
         shape[1] // groups,
         DTYPES[parts["scales"].dtype],
-        stored_zeros and not dropped,
+        "zeros" in parts and not implied,
         perm is not None,
     )
     return StoredLowBit(quantisation, shape, parts, form, perm)
@@ -201,30 +206,31 @@ def _check_shapes(
         if role in expected:
             check_shape(part, expected[role])
     groups = columns // (size or columns)
-    if "scales" in expected:
-        return groups
     scales = parts["scales"]
-    grid = scale_grid(scales.shape, shape)
-    row_blocks = rows // quantisation.block_rows if quantisation.block_rows else rows
-    wanted = {(row_blocks, groups)} if size else {(1, 1), (rows, 1)}
-    # Of fp8 files without blocks in their configuration, only the scales themselves tell.
-    if grid is None or (grid not in wanted and (size or quantisation.method != "fp8")):
-        raise ValueError(
-            f"{scales.path}: {scales.key}: expected {' or '.join(map(str, sorted(wanted)))} scales"
-            f" for {shape}, or one scale, got shape {scales.shape}"
-        )
-    if "zeros" in parts:
+    if "scales" not in expected:
+        row_blocks = rows // quantisation.block_rows if quantisation.block_rows else rows
+        wanted = {(row_blocks, groups)} if size else {(1, 1), (rows, 1)}
+        grid = scale_grid(scales.shape, shape)
+        # Of fp8 without blocks in its configuration, only the scales themselves tell.
+        if grid is None or (grid not in wanted and (size or quantisation.method != "fp8")):
+            raise ValueError(
+                f"{scales.path}: {scales.key}: expected {' or '.join(map(str, sorted(wanted)))}"
+                f" scales for {shape}, got shape {scales.shape}"
+            )
+        groups = grid[1]
+    if "zeros" in parts and "zeros" not in expected:
         check_shape(parts["zeros"], scales.shape)
-    return grid[1]
+    return groups
 
 
-def _perm(parts: dict[str, Stored], columns: int, groups: int) -> Tensor | None:
+def _perm(
+    stored: Stored, columns: int, groups: int, read: Callable[[Stored], Tensor]
+) -> Tensor | None:
     """The order of columns that makes those of a group neighbours, None if they are already."""
-    if "order" not in parts:
-        return None
-    stored, size = parts["order"], columns // groups
-    order = read_alone(stored).long()
-    if order.eq(-1).all():  # compressed-tensors: never set
+    size = columns // groups
+    order = read(stored).long()
+    # All -1: compressed-tensors never set them.
+    if torch.equal(order, torch.arange(columns) // size) or order.eq(-1).all():
         return None
     if order.min() < 0 or order.max() >= groups:
         raise ValueError(
@@ -238,16 +244,17 @@ def _perm(parts: dict[str, Stored], columns: int, groups: int) -> Tensor | None:
             f"{stored.path}: {stored.key}: expected {size} columns in each group, got"
             f" {counts[group].item()} in group {group}"
         )
-    perm = order.argsort(stable=True).int()
-    return None if torch.equal(perm, torch.arange(columns, dtype=torch.int32)) else perm
+    return order.argsort(stable=True).int()
 
 
-def _check_small(parts: dict[str, Stored], shape: tuple[int, int]) -> None:
+def _check_small(
+    parts: dict[str, Stored], shape: tuple[int, int], read: Callable[[Stored], Tensor]
+) -> None:
     """Checks what the tensors say that are read for that alone."""
-    if "bias" in parts and read_alone(parts["bias"]).any():
+    if "bias" in parts and read(parts["bias"]).any():
         raise ValueError(f"{parts['bias'].path}: {parts['bias'].key}: biases are not supported")
     if "shape" in parts:
         stored = parts["shape"]
-        said = tuple(read_alone(stored).tolist())
+        said = tuple(read(stored).tolist())
         if said != shape:
             raise ValueError(f"{stored.path}: {stored.key}: expected {shape}, got {said}")

@@ -18,9 +18,9 @@ from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.forward_checks import check_inputs
 from mistral_kernels.model.hub import resolve_folder
-from mistral_kernels.model.layers import BATCH_INVARIANT, Block, Forms, Kernels, parameter
+from mistral_kernels.model.layers import BATCH_INVARIANT, Block, Kernels, parameter
 from mistral_kernels.model.layouts import Layout
-from mistral_kernels.model.low_bit_weight import LowBitForm
+from mistral_kernels.model.low_bit_weight import LowBitForm, layer_forms
 from mistral_kernels.model.rope_tables import RopeTables, rope_tables
 from mistral_kernels.model.savable_module import SavableModule
 from mistral_kernels.model.step import plan_step
@@ -87,7 +87,7 @@ class Transformer(SavableModule):
         }
         self.tok_embeddings = parameter(config.vocab, config.hidden, **place)
         self.layers = nn.ModuleList(
-            Block(config, window, self._kernels, self._forms(n), **place)
+            Block(config, window, self._kernels, layer_forms(self._low_bit, n), **place)
             for n, window in enumerate(config.windows)
         )
         self.norm = parameter(config.hidden, **place)
@@ -164,12 +164,6 @@ class Transformer(SavableModule):
     def num_parameters(self, *, active: bool = False) -> int:
         """Weights of the model; `active`: of the experts only the top_k that a token is sent to."""
         return self.config.num_parameters(active=active)
-
-    def _forms(self, layer: int) -> Forms:
-        """The forms of one layer's weights, by their own names."""
-        prefix = f"layers.{layer}."
-        found = self._low_bit.items()
-        return {name.rpartition(".")[2]: f for name, f in found if name.startswith(prefix)}
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -23,6 +23,7 @@ from mistral_kernels.model.checkpoint_files import (
     check_shape,
     huggingface_files,
     native_files,
+    open_at_need,
     open_tensors,
     read_headers,
     read_into,
@@ -31,6 +32,7 @@ from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.config_formats import ties_unless_stored
 from mistral_kernels.model.json_fields import read_json
 from mistral_kernels.model.layouts import CONFIG_FILES, Layout
+from mistral_kernels.model.low_bit_files import NAMES
 from mistral_kernels.model.low_bit_joined import joined_forms
 from mistral_kernels.model.low_bit_weight import LowBitForm
 from mistral_kernels.model.page_advice import Advice, advise
@@ -118,7 +120,7 @@ class Checkpoint:
         dequantise: bool = False,
     ):
         self.folder = Path(folder)
-        rope_layout = "native" if config.interleaved else "huggingface"
+        rope_layout = _layout(config)
         if (layout or rope_layout) != rope_layout:
             raise ValueError(f"layout: expected {rope_layout!r} as in config, got {layout!r}")
         if not self.folder.is_dir():
@@ -237,6 +239,11 @@ def _quantisation(path: Path) -> Quantisation | None:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _layout(config: ModelConfig) -> Layout:
+    """The layout that a configuration was read from."""
+    return "native" if config.interleaved else "huggingface"
+
+
 def _resolve_ties(folder: Path, stored: dict[str, Stored], config: ModelConfig) -> ModelConfig:
     """The config, with tied embeddings where it leaves that to the files and they hold no output.
 
@@ -268,18 +275,23 @@ def _assign(
     table, embedding, output = _expected(stored, config)
     found = _by_key(stored)
     pairs: dict[str, tuple[Stored | StoredLowBit, Place]] = {}
-    for key, place in table.items():
-        low_bit = quantisation and take_low_bit(found, key, place.shape, quantisation)
-        if low_bit:
-            pairs[key] = low_bit, place
-        elif key in found:
-            tensor = found.pop(key)
-            check_dtype(tensor)
-            check_shape(tensor, place.shape)
-            pairs[key] = tensor, place
+    if quantisation:
+        with open_at_need() as read:
+            for key, place in table.items():
+                if low_bit := take_low_bit(found, key, place.shape, quantisation, read):
+                    pairs[key] = low_bit, place
+    full = {key: found.pop(key) for key in table if key in found}
     tied = found.pop(output, None) if config.tied_embeddings else None
     for tensor in found.values():
-        raise ValueError(f"{tensor.path}: {tensor.key}: not a tensor of this model")
+        what = "not a tensor of this model"
+        if tensor.key.rpartition(".")[2] in NAMES:
+            stored_as = quantisation or "plain weights"
+            what = f"not a tensor of {stored_as}, as {CONFIG_FILES[_layout(config)]} describes them"
+        raise ValueError(f"{tensor.path}: {tensor.key}: {what}")
+    for key, tensor in full.items():
+        check_dtype(tensor)
+        check_shape(tensor, table[key].shape)
+        pairs[key] = tensor, table[key]
     missing = [key for key in table if key not in pairs]
     if missing:
         others = f", and so are {len(missing) - 1} others" if missing[1:] else ""
