@@ -1,13 +1,22 @@
-"""Rounds a weight column by column, the columns not yet rounded making up for each error.
+"""Rounds a weight for its inputs, so that what comes out of it is what came out before.
 
-With the inputs X of a layer, the error of its output is |X dW^T|^2 = sum over rows of dW H dW^T,
-H = X^T X. If column j is off by e, the best that the later columns can do about it is to change by
--e * U[j, later] / U[j, j], where H^-1 = U^T U and U is upper triangular.
+X are the inputs that a weight W had in the model as it was, Y those that it has behind all that is
+rounded already, H = Y^T Y. First the weight makes up for what has become of its inputs:
+
+    W' = W + W (X - Y)^T Y (H + damping)^-1,
+
+the least squares fit of W' Y^T to W X^T, held back where there are few texts, so that the fit is to
+their language rather than to them. Then it is rounded column by column. If column j is off by e,
+the best that the later columns can do about it is to change by -e U[j, later] / U[j, j], where
+H^-1 = U^T U and U is upper triangular.
 
 Columns with large inputs go first, while many others are left to make up for them; their groups are
-those of the weight's own order, so that the result needs no permutation.
+those of the weight's own order, so that the result needs no permutation. Where there were few
+inputs, as for an expert that hardly any token went to, the damping of H outweighs them, and the
+rounding is that to nearest.
 
-Source: Frantar et al. 2022, arXiv 2210.17323 (GPTQ), algorithm 1.
+Source: Frantar et al. 2022, arXiv 2210.17323 (GPTQ), algorithm 1; Li et al. 2025, arXiv 2504.02692
+(GPTAQ), for the inputs as they were.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,53 +29,74 @@ from mistral_kernels.model.scale_search import search_scales
 from mistral_kernels.ops.low_bit import LowBit, nearest_values, round_to_codes
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: H of few tokens has no inverse
+STILL_ROWS = 4096  # the same for W', in rows: as if so many more inputs had come and not changed
 BLOCK = 128  # columns whose errors reach the later ones by one matrix product
 
 
 class Inputs:
-    """The inputs of some weights, and their H, which is computed when it is first asked for.
+    """The inputs of some weights, and what is computed of them when it is first asked for.
 
     Args:
-        chunks: returns the inputs, (rows, in) float32 each; called once at most.
+        chunks: gives pairs of the inputs as they are and as they were, (rows, in) float32 each.
     """
 
-    def __init__(self, chunks: Callable[[], Iterable[Tensor]]):
+    def __init__(self, chunks: Callable[[], Iterable[tuple[Tensor, Tensor]]]):
         self._chunks = chunks
 
     @cached_property
-    def gram(self) -> Tensor:
-        """H = X^T X, (in, in) float32, added chunk by chunk in their order."""
-        total = None
-        for x in self._chunks():
-            total = x.T @ x if total is None else total.addmm_(x.T, x)
-        return total
+    def _sums(self) -> tuple[Tensor, Tensor, int]:
+        """Y^T Y and (X - Y)^T Y, (in, in), added chunk by chunk in their order; the rows."""
+        gram = drift = None
+        rows = 0
+        for inputs, before in self._chunks():
+            if gram is None:
+                gram = inputs.new_zeros(inputs.shape[1], inputs.shape[1])
+                drift = torch.zeros_like(gram)
+            gram.addmm_(inputs.T, inputs)
+            drift.addmm_((before - inputs).T, inputs)
+            rows += len(inputs)
+        return gram, drift, rows
+
+    def damped(self, damping: float) -> Tensor:
+        """H with so much of the mean of its diagonal added to that, (in, in)."""
+        gram = self._sums[0].clone()
+        # Without any input the weights are free: they are rounded to nearest.
+        gram.diagonal().add_(damping * (gram.diagonal().mean().item() or 1.0))
+        return gram
+
+    @cached_property
+    def shift(self) -> Tensor:
+        """W' = W + W shift, (in, in)."""
+        _, drift, rows = self._sums
+        return torch.linalg.solve(self.damped(STILL_ROWS / max(rows, 1)), drift, left=False)
+
+    @cached_property
+    def importance(self) -> Tensor:
+        """What an error of a column costs, (in,)."""
+        return self.damped(DAMPING).diagonal()
 
     @cached_property
     def order(self) -> Tensor:
-        """(in,), the columns from the largest input to the smallest."""
-        return self.gram.diagonal().argsort(descending=True, stable=True)
+        """The columns, (in,), from the largest input to the smallest."""
+        return self.importance.argsort(descending=True, stable=True)
 
     @cached_property
     def factor(self) -> Tensor:
-        """(in, in), float32, U of H in that order."""
-        # A column without any input is free to take any value.
-        mean = self.gram.diagonal().mean().item() or 1.0
-        return _inverse_factor(self.gram[self.order][:, self.order], DAMPING * mean)
+        """U of H in that order, (in, in)."""
+        return inverse_factor(self.damped(DAMPING)[self.order][:, self.order])
 
 
-def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """Upper triangular U with (gram + damping)^-1 = U^T U.
+def inverse_factor(gram: Tensor) -> Tensor:
+    """Upper triangular U with gram^-1 = U^T U.
 
-    Flipped in both directions the Cholesky factor of the flipped matrix is upper triangular, R with
-    gram = R R^T, and U is its inverse: one factorisation, and the condition is not squared.
+    Flipped in both directions, the Cholesky factor of the flipped matrix is an upper triangular R
+    with gram = R R^T, and U is its inverse: one factorisation, and the condition is not squared.
     """
     flipped = gram.flip(0, 1)
-    while True:
-        flipped.diagonal().add_(damping)
+    lower, failed = torch.linalg.cholesky_ex(flipped)
+    while failed.item():  # rounding has left it indefinite
+        flipped.diagonal().mul_(1.01)
         lower, failed = torch.linalg.cholesky_ex(flipped)
-        if not failed.item():
-            break
-        damping *= 10  # rounding left it indefinite
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
 
@@ -86,21 +116,40 @@ def quantise_compensated(
     Returns:
         The weight in the layout, without zeros and perm.
     """
-    scales = search_scales(weight, kind, group_size, dtype, inputs.gram.diagonal())
-    order, factor = inputs.order, inputs.factor
+    weight = weight + weight @ inputs.shift
+    scales = search_scales(weight, kind, group_size, dtype, inputs.importance)
+    values = compensate(weight, scales, kind, inputs.order, inputs.factor)
+    return round_to_codes(values, scales, None, kind)
+
+
+def compensate(
+    weight: Tensor, scales: Tensor, kind: torch.dtype, order: Tensor, factor: Tensor
+) -> Tensor:
+    """Rounds column by column, each error made up for by the columns after it.
+
+    Args:
+        weight: (out, in), float32.
+        scales: (out, in / group_size).
+        kind: INT4, INT8 or FP8.
+        order: (in,), the columns in the order in which they are rounded.
+        factor: (in, in), float32, U in that order.
+
+    Returns:
+        The rounded weight, (out, in), float32.
+    """
     # One column a row: a column is then contiguous.
     left = weight[:, order].T.contiguous()
-    by_column = scales.T.float().repeat_interleave(group_size or len(left), 0)[order]
+    by_column = scales.T.float().repeat_interleave(len(left) // scales.shape[1], 0)[order]
     rounded = torch.empty_like(left)
     for begin in range(0, len(left), BLOCK):
-        block = slice(begin, begin + BLOCK)
-        errors = torch.zeros_like(left[block])
+        block, after = slice(begin, begin + BLOCK), slice(begin + BLOCK, None)
+        errors = torch.empty_like(left[block])
         corner = factor[block, block]
         for i, column in enumerate(left[block]):
             rounded[begin + i] = nearest_values(column, by_column[begin + i], kind)
             errors[i] = (column - rounded[begin + i]) / corner[i, i]
-            left[begin + i + 1 : begin + len(corner)] -= corner[i, i + 1 :, None] * errors[i]
-        left[begin + BLOCK :] -= factor[block, begin + BLOCK :].T @ errors
+            left[block][i + 1 :].addr_(corner[i, i + 1 :], errors[i], alpha=-1)
+        left[after].addmm_(factor[block, after].T, errors, alpha=-1)
     values = torch.empty_like(weight)
     values[:, order] = rounded.T
-    return round_to_codes(values, scales, None, kind)
+    return values

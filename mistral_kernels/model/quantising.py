@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mistral_kernels.model.byte_bar import byte_bar
-from mistral_kernels.model.calibration import CHUNK_TOKENS, TextActivations
+from mistral_kernels.model.calibration import CHUNK_TOKENS, Matrices, TextActivations
 from mistral_kernels.model.checkpoint_files import read_headers
 from mistral_kernels.model.compressed_tensors import (
     quantization_config,
@@ -256,13 +256,13 @@ def _write_shards(new: Path, work: Work) -> None:
         for n, (file_name, names) in enumerate(shards):
             path, layer = new / file_name, n - 1
             if not path.exists():
-                tensors = _shard(work, layer, names, activations)
+                tensors = _shard(work, layer, names, activations, path)
                 with finished_file(path) as part:
                     save_file(tensors, part, metadata={"format": "pt"})
                     # safetensors lets nobody but the owner read its files.
                     part.chmod((new / PLAN).stat().st_mode)
             elif activations and layer >= 0:
-                _pass_again(work, layer, load_file(path), activations)
+                _shard(work, layer, names, activations, path)
             progress.advance(bar, sizes[n])
 
 
@@ -273,17 +273,26 @@ def _activations(work: Work) -> TextActivations:
 
 
 def _shard(
-    work: Work, layer: int, names: list[str], activations: TextActivations | None
+    work: Work, layer: int, names: list[str], activations: TextActivations | None, done: Path
 ) -> dict[str, Tensor]:
-    """The tensors of a file: those of a layer, or with layer -1 of the ends of the model."""
+    """The tensors of a file: those of a layer, or with layer -1 of the ends of the model.
+
+    Where an earlier attempt has finished the file `done`, only the texts pass the layer.
+    """
     parameters = work.checkpoint.read(names)
     views = weight_views(parameters, work.checkpoint.config, "huggingface")
+    stored = load_file(done) if done.exists() else {}
     found = {key: view.read() for key, view in views.items() if not _is_quantised(key)}
 
+    def full(name: str) -> Tensor:
+        return views[_key(layer, name)].read().to(work.device, torch.float32)
+
     def quantise(name: str, inputs: Inputs | None = None) -> Tensor:
-        key = _key(layer, name)
-        weight = views[key].read().to(work.device, torch.float32)
-        if inputs is None:
+        key, weight = _key(layer, name), full(name)
+        if stored:
+            codes, scales, *_ = stored_weight(key, stored)
+            low_bit = LowBit(codes.to(work.device), scales.to(work.device))
+        elif inputs is None:
             scales = search_scales(weight, work.kind, work.group_size, work.scales)
             low_bit = round_to_codes(weight, scales, None, work.kind)
         else:
@@ -292,24 +301,12 @@ def _shard(
         return low_bit.dequantise(torch.float32)
 
     if layer >= 0 and activations:
-        activations.pass_layer(layer, _within(layer, found), quantise)
+        activations.pass_layer(layer, _within(layer, found), Matrices(full, quantise))
     else:
         for key in views:
             if _is_quantised(key):
                 quantise(key.removeprefix(_key(layer, "")))
     return found
-
-
-def _pass_again(
-    work: Work, layer: int, tensors: dict[str, Tensor], activations: TextActivations
-) -> None:
-    """Takes the texts through a layer whose file an earlier attempt has finished."""
-
-    def read(name: str, inputs: Inputs) -> Tensor:
-        codes, scales, *_ = stored_weight(_key(layer, name), tensors)
-        return LowBit(codes.to(work.device), scales.to(work.device)).dequantise(torch.float32)
-
-    activations.pass_layer(layer, _within(layer, tensors), read)
 
 
 def _key(layer: int, name: str) -> str:
