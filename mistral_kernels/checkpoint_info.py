@@ -6,7 +6,8 @@ Configuration, tokenizer and the headers of the weight files are read; sizes fol
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.families import family_of, is_chat_name
 from mistral_kernels.model.hub import model_name, resolve_folder
 from mistral_kernels.model.layouts import LAYOUTS, Layout, folder_layout
+from mistral_kernels.model.low_bit_weight import LowBitForm
 from mistral_kernels.model.tokenizer import Tokenizer
 from mistral_kernels.model.weight_table import parameter_shapes
 from mistral_kernels.model.weights import DTYPES, Checkpoint, read_headers
@@ -39,8 +41,8 @@ PARTS = {
 
 # What is known only of a model whose configuration can be read.
 OF_A_MODEL = (
-    *("family", "max_positions", "dtype", "parameters", "parts", "bytes", "windows", "cache"),
-    *("ops", "context", "prompt", "memory"),
+    *("family", "max_positions", "dtype", "quantisation", "parameters", "parts", "bytes"),
+    *("windows", "cache", "ops", "context", "prompt", "memory"),
 )
 
 
@@ -60,7 +62,8 @@ def collect_checkpoint(folder: str | Path, layout: Layout | None = None) -> dict
         family: a published model of this shape; max_positions: it was made for so many;
         chat_model: whether a chat template lies there, or the name says so;
         tokenizer: file, kind, version, vocab, chat_template, and problem or None;
-        dtype: in which it is loaded; parameters: total, active (those that one token meets);
+        dtype: in which it is loaded; quantisation: how weights are stored in few bits, None if all
+            are in full; parameters: total, active (those that one token meets);
         parts: part of the model -> parameters and bytes when loaded, the bytes sum to `bytes`;
         windows: [window or None, number of layers] pairs;
         cache: bytes_per_token while no window is full, and tokens -> bytes of one sequence;
@@ -84,10 +87,12 @@ def collect_checkpoint(folder: str | Path, layout: Layout | None = None) -> dict
         "stored": _stored_values(files),
     }
     config, dtype, problem = None, _dtype_to_be(facts["stored"]), None
+    quantisation, low_bit = None, {}
     try:
         config = ModelConfig.from_folder(folder, layout)
         checkpoint = Checkpoint(folder, config, layout)
-        config, dtype = checkpoint.config, checkpoint.dtype
+        config, dtype, low_bit = checkpoint.config, checkpoint.dtype, checkpoint.forms
+        quantisation = checkpoint.quantisation and str(checkpoint.quantisation)
     except FileNotFoundError as error:
         of_hub = folder != asked and not files
         problem = f"{'before its weights are downloaded, as loading does: ' * of_hub}{error}"
@@ -96,7 +101,9 @@ def collect_checkpoint(folder: str | Path, layout: Layout | None = None) -> dict
     tokenizer = _tokenizer_facts(folder, config)
     chat_model = tokenizer["chat_template"] or is_chat_name(facts["name"])
     facts |= {"problem": problem, "tokenizer": tokenizer, "chat_model": chat_model}
-    return facts | (_model_facts(config, dtype) if config else dict.fromkeys(OF_A_MODEL))
+    if config is None:
+        return facts | dict.fromkeys(OF_A_MODEL)
+    return facts | {"quantisation": quantisation} | _model_facts(config, dtype, low_bit)
 
 
 def _weight_files(folder: Path, layout: Layout) -> list[Path]:
@@ -143,18 +150,18 @@ def _tokenizer_facts(folder: Path, config: ModelConfig | None) -> dict[str, Any]
     return facts
 
 
-def _model_facts(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What follows from the shape of a model, its dtype and this machine."""
-    parts = {
-        part: {"parameters": count, "bytes": count * dtype.itemsize}
-        for part, count in count_parameters(config).items()
-    }
+def _model_facts(
+    config: ModelConfig, dtype: torch.dtype, low_bit: Mapping[str, LowBitForm]
+) -> dict[str, Any]:
+    """What follows from the shape of a model, its dtype, what is in few bits, and this machine."""
+    parts = part_sizes(config, dtype, low_bit)
     context = min(CONTEXT, config.max_positions or CONTEXT)
     windows = Counter(config.windows)
     tokens = {context, *filter(None, (config.max_positions, *windows))}
     free = free_memory()
     ops = {
-        device: choose_backends(config, device=torch.device(device), dtype=dtype) for device in free
+        device: choose_backends(config, device=torch.device(device), dtype=dtype, low_bit=low_bit)
+        for device in free
     }
     needed = {
         "weights": sum(part["bytes"] for part in parts.values()),
@@ -187,13 +194,19 @@ def _model_facts(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Part of the model -> its parameters."""
-    parts: Counter[str] = Counter()
+def part_sizes(
+    config: ModelConfig, dtype: torch.dtype, low_bit: Mapping[str, LowBitForm]
+) -> dict[str, dict[str, int]]:
+    """Part of the model -> its parameters, and their bytes when loaded."""
+    parts: dict[str, Counter[str]] = defaultdict(Counter)
     for name, shape in parameter_shapes(config).items():
         feed_forward = "experts" if config.experts else "feed-forward"
-        parts[PARTS.get(name.rpartition(".")[2], feed_forward)] += math.prod(shape)
-    return dict(parts)
+        part = parts[PARTS.get(name.rpartition(".")[2], feed_forward)]
+        count = math.prod(shape)
+        part["parameters"] += count
+        form = low_bit.get(name)
+        part["bytes"] += form.nbytes(shape) if form else count * dtype.itemsize
+    return {name: dict(part) for name, part in parts.items()}
 
 
 def cache_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:

@@ -42,7 +42,7 @@ def print_checkpoint(facts: dict[str, Any]) -> None:
     parts = [(part, *numbers.values()) for part, numbers in facts["parts"].items()]
     total = ("all", facts["parameters"]["total"], facts["bytes"])
     _print_table(
-        ["part", "parameters", f"as {facts['dtype']}"],
+        ["part", "parameters", f"as {'stored' if facts['quantisation'] else facts['dtype']}"],
         ([part, f"{count:,}", byte_size(size)] for part, count, size in [*parts, total]),
     )
     cache = facts["cache"]
@@ -83,6 +83,7 @@ def _checkpoint_rows(facts: dict[str, Any]) -> list[list[object]]:
         total, active = (f"{count:,}" for count in facts["parameters"].values())
         rows |= {
             "of the shape of": facts["family"] or "no published model",
+            "quantised": facts["quantisation"],
             "parameters": total if total == active else f"{total}, {active} active for a token",
             "windows": [f"{_window(window)} x {layers}" for window, layers in facts["windows"]],
             "made for positions": facts["max_positions"],

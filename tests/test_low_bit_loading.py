@@ -7,11 +7,13 @@ from pathlib import Path
 import low_bit_folders
 import pytest
 import torch
+from command_line import run_cli
 from low_bit_folders import DENSE, KINDS, MOE, Kind, is_quantised
 from tolerance import assert_same
 from torch import Tensor
 
 from mistral_kernels import ModelConfig, Transformer
+from mistral_kernels.checkpoint_info import collect_checkpoint
 from mistral_kernels.model.checkpoint_files import read_headers
 from mistral_kernels.model.low_bit_weight import LowBitWeight
 from mistral_kernels.ops.low_bit import LowBit
@@ -106,3 +108,9 @@ def test_resident_bytes(tmp_path: Path, shape: ModelConfig, name: str) -> None:
         else:
             expected += rows * columns * 4
     assert abs(resident / expected - 1) < 0.03
+
+    facts = collect_checkpoint(tmp_path / "low")
+    assert facts["problem"] is None and facts["quantisation"] == model.quantisation
+    assert facts["bytes"] == facts["memory"]["cpu"]["weights"] == resident
+    assert facts["ops"]["cpu"] == model.backends
+    assert model.quantisation in run_cli("info", tmp_path / "low").out
