@@ -130,6 +130,15 @@ RopeHeads rope_heads(const RopeHeadsFields& fields) {
   return {At{from}, At{to}, heads, from_token, from_head, to_token, to_head};
 }
 
+// qweight, scales, zeros, perm, group_size, then the dtypes of codes and scales.
+using LowBitFields = std::tuple<Address, Address, Address, Address, int64_t, int, int>;
+
+LowBit low_bit(const LowBitFields& fields) {
+  const auto [qweight, scales, zeros, perm, group_size, codes, scale_dtype] = fields;
+  return {At{qweight}, At{scales},   At{zeros},         At{perm},
+          group_size,  Dtype(codes), Dtype(scale_dtype)};
+}
+
 // ---- The arguments of each op, in the order of its struct in launchers.h.
 
 RmsNorm rms_norm_args(Address x, Address residual, Address weight, Address out, Address summed,
@@ -227,6 +236,35 @@ Linear linear_args(Address x, Address weight, Address out, int64_t rows, int64_t
           out_dim, stride_x_row, stride_weight_row, Dtype(dtype)};
 }
 
+LinearLowBit linear_low_bit_args(Address x, const LowBitFields& weight, Address out, int64_t rows,
+                                 int64_t in_dim, int64_t out_dim, int64_t stride_x_row, int dtype) {
+  return {At{x}, low_bit(weight), At{out}, rows, in_dim, out_dim, stride_x_row, Dtype(dtype)};
+}
+
+ExpertMlpLowBit expert_mlp_low_bit_args(Address x, const LowBitFields& w13, const LowBitFields& w2,
+                                        Address weights, Address expert_ids, Address out,
+                                        int64_t tokens, int64_t hidden, int64_t ffn_dim,
+                                        int64_t experts, int64_t top_k, int64_t stride_x_token,
+                                        int64_t stride_weights_token, int64_t stride_ids_token,
+                                        int dtype, Address inner) {
+  return {At{x},
+          low_bit(w13),
+          low_bit(w2),
+          At{weights},
+          At{expert_ids},
+          At{out},
+          tokens,
+          hidden,
+          ffn_dim,
+          experts,
+          top_k,
+          stride_x_token,
+          stride_weights_token,
+          stride_ids_token,
+          Dtype(dtype),
+          At{inner}};
+}
+
 std::string compiler() {
 #ifdef __clang__
   return __VERSION__;  // "Clang 17.0.6"
@@ -277,6 +315,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("route_experts_cuda", on_cuda(&route_experts_args, &cuda::route_experts), no_gil);
   m.def("silu_mul_cuda", on_cuda(&silu_mul_args, &cuda::silu_mul), no_gil);
   m.def("expert_mlp_cuda", on_cuda(&expert_mlp_args, &cuda::expert_mlp), no_gil);
+  m.def("linear_low_bit_cuda", on_cuda(&linear_low_bit_args, &cuda::linear_low_bit), no_gil);
+  m.def("expert_mlp_low_bit_cuda", on_cuda(&expert_mlp_low_bit_args, &cuda::expert_mlp_low_bit),
+        no_gil);
 #endif
 }
 

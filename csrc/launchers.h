@@ -218,6 +218,49 @@ struct Linear {
   Dtype dtype;
 };
 
+// A weight in the layout of ops/low_bit.py, (..., rows, columns): leading dimensions are experts.
+struct LowBit {
+  const void* qweight;  // codes
+  const void* scales;   // (..., rows, columns / group_size), scale_dtype
+  const void* zeros;    // likewise, one byte each; null: the code of 0 is 8 (kInt4) or 0
+  const int32_t* perm;  // (..., columns): of x, the column that belongs to each; null: in order
+  int64_t group_size;   // at least 1
+  Dtype codes;          // kInt4, kInt8 or kFloat8
+  Dtype scale_dtype;
+};
+
+// out[row][o] = round(sum over i of x[row][perm[i]] * weight[o][i]).
+struct LinearLowBit {
+  const void* x;  // (rows, in_dim), last dimension contiguous
+  LowBit weight;  // (out_dim, in_dim)
+  void* out;      // (rows, out_dim), contiguous
+  int64_t rows;   // 0 is a no-op
+  int64_t in_dim;
+  int64_t out_dim;
+  int64_t stride_x_row;  // in elements
+  Dtype dtype;
+};
+
+// ExpertMlp with low-bit weights.
+struct ExpertMlpLowBit {
+  const void* x;              // (tokens, hidden)
+  LowBit w13;                 // (experts, 2 * ffn_dim, hidden), gate rows first
+  LowBit w2;                  // (experts, hidden, ffn_dim), codes and scale_dtype of w13
+  const float* weights;       // (tokens, top_k)
+  const int32_t* expert_ids;  // (tokens, top_k)
+  void* out;                  // (tokens, hidden), contiguous
+  int64_t tokens;             // 0 is a no-op
+  int64_t hidden;
+  int64_t ffn_dim;
+  int64_t experts;
+  int64_t top_k;
+  int64_t stride_x_token;  // in elements, as those below
+  int64_t stride_weights_token;
+  int64_t stride_ids_token;
+  Dtype dtype;
+  void* inner;  // (tokens * top_k, ffn_dim), dtype: workspace on CUDA
+};
+
 // Each file of csrc/cpu is compiled once for each of these instruction sets (setup.py), oldest
 // first; a machine that runs one runs all before it. Expands to apply(name, ...) for each. A build
 // without CPU kernels defines it as empty.
@@ -257,6 +300,11 @@ void silu_mul(const SiluMul& args, int device, void* stream);
 // Up to 16 tokens and 64 (token, slot) pairs, 16 bits; rows of x, w13 and w2 are whole 16-byte
 // vectors on 16-byte boundaries.
 void expert_mlp(const ExpertMlp& args, int device, void* stream);
+// Up to 8 rows, 16 bits; rows of x and of codes are whole 16-byte vectors on 16-byte boundaries,
+// and groups are multiples of 32 or whole rows.
+void linear_low_bit(const LinearLowBit& args, int device, void* stream);
+// The same of up to 8 tokens and 64 (token, slot) pairs.
+void expert_mlp_low_bit(const ExpertMlpLowBit& args, int device, void* stream);
 
 // As CUDA writes them, 1000 * major + 10 * minor. The driver is 0 where there is none.
 int driver_version();

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import pytest
 import test_expert_mlp_emulated as expert_mlp
+import test_expert_mlp_low_bit_emulated as expert_mlp_low_bit
+import test_linear_low_bit_emulated as linear_low_bit
 import test_rms_norm_emulated as rms_norm
 import test_rope_emulated as rope
 import test_route_experts_emulated as route_experts
@@ -18,9 +20,11 @@ import torch
 from emulator.host_build import CSRC, build_core, load, missing
 from emulator.orders import ORDERS, ordered
 from emulator.planted_faults import Fault, plant
+from low_bit_cases import KINDS
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 CUDA = CSRC / "cuda"
+ROWS = CUDA / "low_bit_rows.cuh"
 BF16 = torch.bfloat16
 BARRIER = "  __syncthreads();\n"
 WIDE_EXPERT = expert_mlp.SIZES[-2]  # k of several turns of all warps
@@ -91,8 +95,39 @@ FAULTS = [
         Fault(
             "expert of another slot",
             {"ids[token * top_k + slot]": "ids[token * top_k + top_k - 1 - slot]"},
+            CUDA / "expert_sums.cuh",
         ),
         lambda: expert_mlp.test_sizes(expert_mlp.SIZES[3], BF16),
+    ),
+    Planted(
+        linear_low_bit,
+        Fault("wait for too few", {"wait_copies<kRingSteps - 1>": "wait_copies<kRingSteps>"}, ROWS),
+        lambda: linear_low_bit.test_kinds(KINDS["int8-row"], BF16),
+    ),
+    Planted(
+        linear_low_bit,
+        Fault("scale of another group", {"next = column >= size": "next = column > size"}, ROWS),
+        lambda: linear_low_bit.test_groups_beside_steps(linear_low_bit.INT4, 384),
+    ),
+    Planted(
+        linear_low_bit,
+        Fault("zero of another group", {"unit * kUnitChunks, 4)": "0, 4)"}, ROWS),
+        lambda: linear_low_bit.test_kinds(KINDS["int4-g32-act-order"], BF16),
+    ),
+    Planted(
+        linear_low_bit,
+        Fault("mask missing", {"k + i * Layout::kChunk < size_, x[i]": "true, x[i]"}, ROWS),
+        lambda: linear_low_bit.test_sizes((2, 96, 16), KINDS["int4-g32"], BF16),
+    ),
+    Planted(
+        expert_mlp_low_bit,
+        Fault("barrier removed", {"no barrier\n  }\n" + BARRIER: "no barrier\n  }\n"}),
+        lambda: expert_mlp_low_bit.test_kinds("int8-g128"),
+    ),
+    Planted(
+        expert_mlp_low_bit,
+        Fault("perm of another expert", {"w2.perm + int64_t{expert} * ffn_dim": "w2.perm"}),
+        lambda: expert_mlp_low_bit.test_kinds("int4-g32-act-order"),
     ),
 ]
 

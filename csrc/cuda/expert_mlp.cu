@@ -24,12 +24,13 @@
 // block, and has no room for 16 rows of inner (458 KB).
 #include <stdexcept>
 
-#include "cuda/convert.cuh"
 #include "cuda/dynamic_shared.cuh"
 #include "cuda/expert_choice.cuh"
+#include "cuda/expert_sums.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/masked_load.cuh"
 #include "cuda/mma.cuh"
+#include "cuda/row_sums.cuh"
 #include "launchers.h"
 
 // codegen: expert_up_kernel is due mma
@@ -54,15 +55,9 @@ namespace {
 constexpr int kMaxTokens = 16;
 constexpr int kMaxPairs = 64;
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kRows = 16;                // weight rows of a warp: those of an mma's a
-constexpr int kTileTokens = 8;           // tokens of an mma's b
 constexpr int kStep = 32;                // k that the four lanes of a row load at once, for two mma
 constexpr int kStages = 4;               // steps that a warp has on their way
 constexpr int kChunk = kStages * kStep;  // k that a warp takes at a turn
-constexpr int kColumns = 16;             // what a block computes of ffn_dim (up), of hidden (down)
-constexpr int kUpShares = 4;  // warps that share k in up: two groups of 8 columns, gate and up rows
 static_assert(kThreads == kMaxTokens * kColumns, "a thread adds up one output");
 static_assert(kThreads >= kMaxPairs, "a thread reads one id");
 
@@ -147,37 +142,6 @@ __device__ void multiply(LaneRows<T, kTiles>& rows, int k, int size, int shares,
   }
 }
 
-// ---- Sums over the warps that share k, in their order.
-
-// Writes a warp's sums to `partial`, (pairs, kWarps, kRows) in shared memory.
-template <int kTiles>
-__device__ void put_partial(const float (&sums)[kTiles][4], const ExpertChoice& choice, int expert,
-                            float* partial) {
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int pair = choice.pair_of(i * kTileTokens + lane % 4 * 2 + j, expert);
-      if (pair < 0) continue;
-      float* to = partial + (pair * kWarps + warp) * kRows + lane / 4;
-      to[0] = sums[i][j];
-      to[8] = sums[i][2 + j];
-    }
-  }
-}
-
-// The sum of a pair's `row` over the kCount warps from `first` on.
-template <int kCount>
-__device__ float add_partial(const float* partial, int pair, int first, int row) {
-  const float* from = partial + (pair * kWarps + first) * kRows + row;
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) sum += from[i * kRows];
-  return sum;
-}
-
 // ---- The kernels.
 
 // Grid (columns of ffn_dim, candidates). A block computes kColumns of inner for all tokens that
@@ -215,18 +179,10 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
   }
   float sums[kTiles][4] = {};
   multiply(rows, k, hidden, kUpShares, sums);
-  put_partial(sums, choice, expert, partial);
+  const auto pair_of = [&](int token) { return choice.pair_of(token, expert); };
+  put_partial(sums, pair_of, partial);
   __syncthreads();
-
-  // SwiGLU.
-  const int own = threadIdx.x % kColumns;
-  const int pair = choice.pair_of(threadIdx.x / kColumns, expert);
-  if (pair < 0 || first_column + own >= ffn_dim) return;
-  const int first_warp = own / 8 * kUpShares;
-  const float gate = add_partial<kUpShares>(partial, pair, first_warp, own % 8);
-  const float up = add_partial<kUpShares>(partial, pair, first_warp, own % 8 + 8);
-  inner[static_cast<int64_t>(pair) * ffn_dim + first_column + own] =
-      from_float<T>(gate / (1.0f + expf(-gate)) * up);
+  store_swiglu(partial, choice, expert, first_column, ffn_dim, inner);
 }
 
 // Grid (columns of hidden,). A block computes kColumns of out for all tokens, one expert after
@@ -267,23 +223,11 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
     }
     float sums[kTiles][4] = {};
     multiply(rows, k, ffn_dim, kWarps, sums);
-    put_partial(sums, choice, expert, partial);  // each expert has pairs of its own: no barrier
+    const auto pair_of = [&](int token) { return choice.pair_of(token, expert); };
+    put_partial(sums, pair_of, partial);  // each expert has pairs of its own: no barrier
   }
   __syncthreads();
-
-  // The slots of a token, in their order.
-  const int own = threadIdx.x % kColumns;
-  const int token = threadIdx.x / kColumns;
-  if (token >= tokens || first_column + own >= hidden) return;
-  float total = 0.0f;
-  for (int slot = 0; slot < top_k; ++slot) {
-    const int expert = ids[token * top_k + slot];
-    if (expert < 0) continue;
-    const int pair = choice.pair_of(token, expert);
-    total +=
-        weights[token * stride_weights_token + slot] * add_partial<kWarps>(partial, pair, 0, own);
-  }
-  out[static_cast<int64_t>(token) * hidden + first_column + own] = from_float<T>(total);
+  store_combined(partial, choice, weights, stride_weights_token, first_column, hidden, out);
 }
 
 template <typename T, int kTiles>

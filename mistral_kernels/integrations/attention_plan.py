@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from mistral_kernels.ops.dispatch import BoundOp
 
-SWITCH = 'attn_implementation="mistral_kernels"'
+NAME = "mistral_kernels"
+SWITCH = f'attn_implementation="{NAME}"'
 ROWS = 4  # cu_seqlens, context_lens, starts, pages
 # A layer's arguments fit once `_check` has seen them: one look, where the public functions check
 # every argument of every call.
@@ -84,7 +85,15 @@ class AttentionPlan(NamedTuple):
         Some models tell a layer's window to its mask alone; a shape is known without the device.
         """
         rows = (self.cu_seqlens, *(functional.pad(row, (0, 1)) for row in self[1:]))
-        return torch.stack(rows)[None, None].expand(1, 1 + (window or 0), -1, -1)
+        mask = torch.stack(rows)[None, None].expand(1, 1 + (window or 0), -1, -1)
+        if not torch.compiler.is_compiling():
+            mask.plan = self  # for the layers that get this very tensor; others read it
+        return mask
+
+    @classmethod
+    def behind(cls, mask: Tensor | None) -> AttentionPlan | None:
+        """The plan that became `mask`, if this is the very tensor."""
+        return getattr(mask, "plan", None)
 
     @staticmethod
     def window_of(mask: Tensor) -> int | None:
@@ -98,6 +107,8 @@ class AttentionPlan(NamedTuple):
         Raises:
             ValueError: it is a mask that somebody else made.
         """
+        if (plan := cls.behind(mask)) is not None:
+            return plan
         if mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[2] != ROWS:
             raise ValueError(
                 f"{SWITCH}: attention_mask must be (batch, tokens) of 0 and 1, or None,"
@@ -118,6 +129,7 @@ class AttentionPlan(NamedTuple):
         window: int | None,
         scale: float | None,
         causal: bool = True,
+        decode: BoundOp = DECODE,
     ) -> Tensor:
         """Attention of packed rows, over the ring, new keys and values, or both.
 
@@ -126,6 +138,7 @@ class AttentionPlan(NamedTuple):
                 ring already.
             ring: pages and their table; None: k and v are all there is.
             window, scale, causal: as for `prefill_attention`.
+            decode: `decode_attention`, bound to what serves it for this ring.
 
         Returns:
             (rows, q_heads, head_dim).
@@ -137,7 +150,7 @@ class AttentionPlan(NamedTuple):
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         if ring is not None and len(q) == len(self.starts):
             tables = (*NO_TABLES, window, self.starts, None, scale, *NOT_QUANTISED, None, False)
-            return DECODE(q, k, v, *ring, self.context_lens, *tables)[0]
+            return decode(q, k, v, *ring, self.context_lens, *tables)[0]
         past = (None, None, None, None) if ring is None else (*ring, self.context_lens)
         how = (self.starts, window, causal, scale, *NOT_QUANTISED, False)
         return PREFILL(q, k, v, self.cu_seqlens, *past, *how)[0]
@@ -145,7 +158,7 @@ class AttentionPlan(NamedTuple):
 
 def packed(x: Tensor) -> Tensor:
     """(batch, heads, tokens, head_dim) -> (batch * tokens, heads, head_dim)."""
-    x = x.transpose(1, 2).flatten(0, 1)
+    x = x.squeeze(2) if x.shape[2] == 1 else x.transpose(1, 2).flatten(0, 1)
     return x if x.stride(2) == 1 else x.contiguous()
 
 

@@ -23,14 +23,13 @@ except ImportError as error:
         " pip install 'mistral_kernels[hf]'"
     ) from error
 
+from mistral_kernels.integrations.attention_plan import NAME
 from mistral_kernels.integrations.rolling_cache import RollingCache
 from mistral_kernels.integrations.transformers_attention import attention_function, mask_function
 from mistral_kernels.integrations.transformers_experts import experts_function
 from mistral_kernels.integrations.transformers_parts import disable, enable
 
 __all__ = ["NAME", "RollingCache", "disable", "enable"]
-
-NAME = "mistral_kernels"
 
 # Both under one name: without a mask function transformers passes no mask at all.
 AttentionInterface.register(NAME, attention_function)

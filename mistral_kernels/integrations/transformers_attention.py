@@ -14,7 +14,7 @@ from mistral_kernels.integrations.attention_plan import (
     refuse_gradient,
     require,
 )
-from mistral_kernels.integrations.rolling_cache import NewTokens
+from mistral_kernels.integrations.rolling_layer import NewTokens
 
 # What models pass on to attention, and what would be lost if it were not looked at.
 REFUSED = {

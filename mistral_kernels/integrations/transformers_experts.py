@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from mistral_kernels.integrations.attention_plan import NAME
 from mistral_kernels.ops.checks import compute_dtype
 from mistral_kernels.ops.dispatch import BoundOp
 
 EXPERT_MLP = BoundOp("expert_mlp", "auto")
 
-SWITCH = 'experts_implementation="mistral_kernels"'
+SWITCH = f'experts_implementation="{NAME}"'
 SILU = tuple({type(ACT2FN[name]) for name in ("silu", "swish")})
 # What a class of experts says of itself, and what `expert_mlp` wants to hear.
 WANTED = {
@@ -23,7 +24,8 @@ WANTED = {
 }
 
 
-def _check(experts: nn.Module, w13: Tensor, w2: Tensor) -> None:
+def check_experts(experts: nn.Module, w13: Tensor, w2: Tensor) -> None:
+    """Refuses experts that `expert_mlp` would compute otherwise than they do."""
     for name, wanted in WANTED.items():
         if getattr(experts, name, wanted) != wanted:
             raise ValueError(
@@ -64,7 +66,7 @@ def experts_function(
         ValueError: experts of another form; the text says what to use instead.
     """
     w13, w2 = experts.gate_up_proj, experts.down_proj
-    _check(experts, w13, w2)
+    check_experts(experts, w13, w2)
     out = EXPERT_MLP(
         hidden_states.to(w13.dtype).contiguous(),
         w13,

@@ -22,6 +22,7 @@ OR_AUTO = " or auto"  # behind a backend's name: a preference
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # What kernels take; csrc/dtype.h numbers them in this order.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VECTOR_BYTES = 16  # rows that CUDA kernels read begin and end on multiples of that, or are refused
 
 Facts = tuple[tuple[str, int], ...]
 
@@ -189,13 +190,26 @@ def prefer(op: str, *, backend: str, **call) -> str:
     return choose(op, backend=backend, **call)
 
 
+def watched(x: Tensor) -> bool:
+    """Whether a call with x must pass torch's dispatcher: for a gradient, for somebody who traces,
+    profiles or intercepts, or because x is more than its memory."""
+    return (
+        torch.compiler.is_dynamo_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_tracing()
+        or torch.autograd._profiler_enabled()
+        or type(x) is not Tensor
+    )
+
+
 class BoundOp:
     """An op for a caller whose arguments are known to fit: a model.
 
-    It takes the arguments of the schema without `backend`, and checks none of them. Without
-    gradients it calls the cell itself where torch's dispatcher would only add to the microseconds:
-    for plain tensors, while nobody traces, profiles or intercepts. Where the chosen cell
-    `asks_each_call`, each call chooses anew and prefers it; with backend "auto" each call chooses.
+    It takes the arguments of the schema without `backend`, and checks none of them. It calls the
+    cell itself where torch's dispatcher would only add to the microseconds, unless `watched`; `run`
+    is the cell, for who has asked that already. Where the chosen cell `asks_each_call`, each call
+    chooses anew and prefers it; with backend "auto" each call chooses.
     """
 
     def __init__(self, name: str, backend: str):
@@ -204,19 +218,13 @@ class BoundOp:
         asks = backend != "auto" and OPS[name][backend].asks_each_call
         self._choice = choice = backend + OR_AUTO if asks else backend
         chosen = backend != "auto" and not asks
-        self._run = OPS[name][backend].run if chosen else lambda *inputs: run(*inputs, choice)
+        self.run = OPS[name][backend].run if chosen else lambda *inputs: run(*inputs, choice)
         self._op = getattr(torch.ops.mistral_kernels, name).default
 
     def __call__(self, *inputs):
-        watched = (
-            torch.compiler.is_dynamo_compiling()
-            or torch.is_grad_enabled()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._is_tracing()
-            or torch.autograd._profiler_enabled()
-            or type(inputs[0]) is not Tensor
-        )
-        return self._op(*inputs, self._choice) if watched else self._run(*inputs)
+        if watched(inputs[0]):
+            return self._op(*inputs, self._choice)
+        return self.run(*inputs)
 
     def __reduce__(self):  # a model can be pickled though its cells cannot
         return BoundOp, (self.name, self.backend)

@@ -27,6 +27,7 @@ from torch import Tensor
 from mistral_kernels.ops.checks import Arguments, compute_dtype
 from mistral_kernels.ops.dispatch import (
     KERNEL_DTYPES,
+    VECTOR_BYTES,
     Cell,
     Facts,
     address,
@@ -42,7 +43,6 @@ WORKSPACE_BYTES = 256 << 20  # many tokens are worked in chunks that need no mor
 MAX_TOP_K = 256  # kMaxPairs of csrc/cpu/expert_mlp.cpp
 MAX_TOKENS = 16  # kMaxTokens of csrc/cuda/expert_mlp.cu
 MAX_PAIRS = 64  # kMaxPairs of csrc/cuda/expert_mlp.cu
-VECTOR_BYTES = 16  # rows that a CUDA kernel reads begin and end on multiples of that
 
 
 def pairs_of(expert_ids: Tensor, expert: int) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,23 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops.checks import Arguments, compute_dtype
-from mistral_kernels.ops.dispatch import Facts, define
-from mistral_kernels.ops.expert_mlp import expert_mlp_reference
-from mistral_kernels.ops.low_bit import LowBit, check_bits, check_low_bit
+from mistral_kernels.ops.dispatch import (
+    KERNEL_DTYPES,
+    Cell,
+    Facts,
+    cuda_queue,
+    define,
+    native_extension,
+)
+from mistral_kernels.ops.expert_mlp import MAX_PAIRS, expert_mlp_reference
+from mistral_kernels.ops.low_bit import (
+    LowBit,
+    check_bits,
+    check_low_bit,
+    cuda_facts,
+    cuda_refuses,
+    launch_fields,
+)
 
 
 def expert_mlp_low_bit_reference(
@@ -37,6 +51,61 @@ def expert_mlp_low_bit_reference(
     up = LowBit(w13, w13_scales, w13_zeros, w13_perm).dequantise(dtype)
     down = LowBit(w2, w2_scales, w2_zeros, w2_perm).dequantise(dtype)
     return expert_mlp_reference(x.to(dtype), up, down, weights, expert_ids, False).to(x.dtype)
+
+
+def _launch(
+    launch, x: Tensor, up: LowBit, down: LowBit, weights, expert_ids, out, inner, *queue
+) -> None:
+    """Calls the CUDA launcher: raw pointers, sizes, strides, and where to run it."""
+    launch(
+        x.data_ptr(),
+        launch_fields(up),
+        launch_fields(down),
+        weights.data_ptr(),
+        expert_ids.data_ptr(),
+        out.data_ptr(),
+        *x.shape,
+        down.shape[2],
+        len(down.qweight),
+        weights.shape[1],
+        x.stride(0),
+        weights.stride(0),
+        expert_ids.stride(0),
+        KERNEL_DTYPES.index(x.dtype),
+        inner.data_ptr(),
+        *queue,
+    )
+
+
+def _expert_mlp_low_bit_cuda(
+    x: Tensor,
+    w13: Tensor,
+    w13_scales: Tensor,
+    w2: Tensor,
+    w2_scales: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    w13_zeros: Tensor | None,
+    w2_zeros: Tensor | None,
+    bits: int,
+    group_size: int | None,
+    w13_perm: Tensor | None,
+    w2_perm: Tensor | None,
+) -> Tensor:
+    up = LowBit(w13, w13_scales, w13_zeros, w13_perm)
+    down = LowBit(w2, w2_scales, w2_zeros, w2_perm)
+    out = x.new_empty(x.shape)
+    inner = x.new_empty(expert_ids.numel(), down.shape[2])
+    launch = native_extension().expert_mlp_low_bit_cuda
+    _launch(launch, x, up, down, weights, expert_ids, out, inner, *cuda_queue(x.device))
+    return out
+
+
+def _cuda_refuses(facts: dict[str, int]) -> str | None:
+    tokens, top_k = facts.get("tokens", 1), facts.get("top_k", 1)
+    if tokens * top_k > MAX_PAIRS:
+        return f"it takes tokens * top_k up to {MAX_PAIRS}, got {tokens} * {top_k}"
+    return cuda_refuses("tokens", facts)
 
 
 def _facts(
@@ -61,6 +130,7 @@ def _facts(
         ("bits", bits),
         ("group_size", LowBit(w13, w13_scales).group_size),
         ("w2_group_size", LowBit(w2, w2_scales).group_size),
+        *cuda_facts(x, LowBit(w13, w13_scales), LowBit(w2, w2_scales)),
     )
 
 
@@ -71,7 +141,15 @@ _expert_mlp_low_bit = define(
     " Tensor? w13_perm, Tensor? w2_perm",
     "Tensor",
     fake=lambda x, *_: x.new_empty(x.shape),
-    cells={"reference": expert_mlp_low_bit_reference},
+    cells={
+        "reference": expert_mlp_low_bit_reference,
+        "cuda": Cell(
+            _expert_mlp_low_bit_cuda,
+            dtypes=(torch.bfloat16, torch.float16),
+            refuses=_cuda_refuses,
+            asks_each_call=True,
+        ),
+    },
     facts=_facts,
 )
 

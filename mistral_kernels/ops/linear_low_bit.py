@@ -5,12 +5,26 @@ The layout of the weight is that of `mistral_kernels.ops.low_bit`.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from mistral_kernels.ops.checks import Arguments, compute_dtype
-from mistral_kernels.ops.dispatch import Facts, define
-from mistral_kernels.ops.low_bit import LowBit, check_low_bit
+from mistral_kernels.ops.dispatch import (
+    KERNEL_DTYPES,
+    Cell,
+    Facts,
+    cuda_queue,
+    define,
+    native_extension,
+)
+from mistral_kernels.ops.low_bit import (
+    LowBit,
+    check_low_bit,
+    cuda_facts,
+    cuda_refuses,
+    launch_fields,
+)
 
 
 def linear_low_bit_reference(
@@ -27,6 +41,40 @@ def linear_low_bit_reference(
     return functional.linear(x.to(dtype), weight).to(x.dtype)
 
 
+def _launch(launch, x: Tensor, weight: LowBit, out: Tensor, *queue) -> None:
+    """Calls the CUDA launcher: raw pointers, sizes, strides, and where to run it."""
+    launch(
+        x.data_ptr(),
+        launch_fields(weight),
+        out.data_ptr(),
+        *x.shape,
+        weight.shape[0],
+        x.stride(0),
+        KERNEL_DTYPES.index(x.dtype),
+        *queue,
+    )
+
+
+def _linear_low_bit_cuda(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int | None,
+    perm: Tensor | None,
+) -> Tensor:
+    out = x.new_empty((*x.shape[:-1], qweight.shape[0]))
+    rows = x if x.dim() == 2 else x.flatten(0, -2)
+    launch = native_extension().linear_low_bit_cuda
+    _launch(launch, rows, LowBit(qweight, scales, zeros, perm), out, *cuda_queue(x.device))
+    return out
+
+
+def _cuda_refuses(facts: dict[str, int]) -> str | None:
+    return cuda_refuses("rows", facts)
+
+
 def _facts(
     x: Tensor,
     qweight: Tensor,
@@ -40,6 +88,7 @@ def _facts(
         ("rows", x.numel() // max(1, x.shape[-1])),
         ("bits", bits),
         ("group_size", LowBit(qweight, scales).group_size),
+        *cuda_facts(x, LowBit(qweight, scales)),
     )
 
 
@@ -49,7 +98,15 @@ _linear_low_bit = define(
     " Tensor? perm",
     "Tensor",
     fake=lambda x, qweight, *_: x.new_empty((*x.shape[:-1], qweight.shape[0])),
-    cells={"reference": linear_low_bit_reference},
+    cells={
+        "reference": linear_low_bit_reference,
+        "cuda": Cell(
+            _linear_low_bit_cuda,
+            dtypes=(torch.bfloat16, torch.float16),
+            refuses=_cuda_refuses,
+            asks_each_call=True,
+        ),
+    },
     facts=_facts,
 )
 

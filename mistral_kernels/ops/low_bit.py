@@ -31,19 +31,23 @@ columns of a group are neighbours; the product gathers x[..., perm].
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mistral_kernels.ops.checks import Arguments
-from mistral_kernels.ops.dispatch import KERNEL_DTYPES
+from mistral_kernels.ops.dispatch import KERNEL_DTYPES, VECTOR_BYTES, Facts, address
 
 INT4, INT8, FP8 = torch.uint8, torch.int8, torch.float8_e4m3fn  # dtypes of qweight
 BITS = {INT4: 4, INT8: 8, FP8: 8}
 ZERO = {INT4: 8, INT8: 0, FP8: 0}  # the code that stands for 0.0 where there are no zeros
 GROUP_MULTIPLE = 16  # a group is so many columns, or a multiple, or the whole row
 WORD = 8  # codes of a 32-bit word: a 4-bit row holds whole words
+DTYPES = {INT8: 3, FP8: 4, INT4: 5}  # of csrc/dtype.h
+CUDA_ROWS = 8  # kTileTokens of csrc/cuda/row_sums.cuh
+CUDA_GROUP = 32  # CUDA's groups are so many columns, or a multiple, or the whole row
 # What lies between the ends of symmetric codes, halved, as compressed-tensors counts it.
 HALF_SPAN = {INT4: 7.5, INT8: 127.5, FP8: torch.finfo(FP8).max}
 
@@ -239,3 +243,39 @@ def check_low_bit(
     for field, value in zip((qweight, *names), weight, strict=True):
         if value is not None and not value.is_contiguous():
             raise ValueError(f"{check.op}: {field} must be contiguous, got {value.stride()}")
+
+
+def launch_fields(weight: LowBit) -> tuple[int, ...]:
+    """The weight as `low_bit` of csrc/bindings.cpp expects it."""
+    return (
+        *map(address, weight),
+        max(1, weight.group_size),
+        DTYPES[weight.qweight.dtype],
+        KERNEL_DTYPES.index(weight.scales.dtype),
+    )
+
+
+def cuda_facts(x: Tensor, *weights: LowBit) -> Facts:
+    """What the CUDA kernels ask of memory: how aligned all rows are, and all groups of columns."""
+    steps = [step * x.element_size() for step in x.stride()[:-1]]
+    codes = [number for w in weights for number in (w.qweight.data_ptr(), w.qweight.shape[-1])]
+    # A whole row begins and ends where it may.
+    groups = [w.group_size for w in weights if w.group_size != w.shape[-1]]
+    return (
+        ("alignment", math.gcd(VECTOR_BYTES, x.data_ptr(), *steps, *codes)),
+        ("group_multiple", math.gcd(CUDA_GROUP, *groups)),
+    )
+
+
+def cuda_refuses(rows: str, facts: dict[str, int]) -> str | None:
+    """Why the CUDA kernels cannot serve a call; `rows` is the name of the fact that counts x's."""
+    if facts.get(rows, 1) > CUDA_ROWS:
+        return f"it takes up to {CUDA_ROWS} {rows}, got {facts[rows]}"
+    if facts.get("group_multiple", CUDA_GROUP) < CUDA_GROUP:
+        return (
+            f"it takes groups of whole rows or of a multiple of {CUDA_GROUP} columns,"
+            f" got multiples of {facts['group_multiple']}"
+        )
+    if facts.get("alignment", VECTOR_BYTES) < VECTOR_BYTES:
+        return f"it takes rows on {VECTOR_BYTES}-byte boundaries, got {facts['alignment']}"
+    return None

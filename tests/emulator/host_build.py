@@ -138,10 +138,11 @@ def build_core(*, sanitize: bool = False, planted: Path | None = None) -> Path:
     """Builds csrc/ as setup.py does, without the CPU kernels; `planted` replaces the source of its
     name."""
     remove_unused()
-    sources = {path.name: path for path in sorted(CSRC.rglob("*.cu"))}
+    sources = sorted(CSRC.rglob("*.cu"))
     if planted:
-        sources[planted.name] = planted
-    return build("_C", BINDINGS, *sources.values(), sanitize=sanitize)
+        # First: of a header's template that two sources have, the linker keeps the first.
+        sources = [planted, *(path for path in sources if path.name != planted.name)]
+    return build("_C", BINDINGS, *sources, sanitize=sanitize)
 
 
 @cache

@@ -127,6 +127,9 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   return result;
 }
 
+// The position of the lowest bit that is set, counted from 1; 0 for none.
+inline int __ffs(int value) { return __builtin_ffs(value); }
+
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 
 template <typename... Params, typename... Args>

@@ -11,4 +11,8 @@ inline uint4 load_streaming_16(const void* from, bool keep) {
 
 inline uint4 load_cached_16(const void* from, bool keep) { return load_streaming_16(from, keep); }
 
+inline uint2 load_cached_8(const void* from, bool keep) {
+  return keep ? *static_cast<const uint2*>(from) : uint2{0, 0};
+}
+
 }  // namespace mistral_kernels::cuda
