@@ -68,12 +68,12 @@ CONFIGS = [
     (changed(INT8, weights={"type": "float"}), "weights.type: expected int for int-quantized"),
     (
         changed(INT8, weights={"group_size": 64}),
-        "weights.group_size: expected null for strategy ch",
+        "group_size: expected null for strategy ch",
     ),
     (changed(INT8, weights={"block_structure": [1, 8]}), "strategy channel has no blocks"),
     (
         changed(FP8, weights={"type": None}),
-        "weights.type: expected float for float-quant.*got None",
+        "type: expected float for float-quant.*got None",
     ),
     (changed(FP8, weights={"symmetric": False}), "weights.symmetric: expected true"),
     (changed(FP8, weights={"num_bits": 4}), "weights.num_bits: expected 8, got 4"),
