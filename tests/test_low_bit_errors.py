@@ -76,6 +76,7 @@ TENSORS = [
         r"weight_scale: .*\(2, 2\) scal",
     ),
     ("fp8-rows", other("weight", lambda t: t.to(torch.float8_e5m2)), "weight: .* got F8_E5M2"),
+    ("packed", added("weight", torch.zeros(32, 64)), "weight: not a tensor of compressed-tensors"),
 ]
 
 
@@ -144,10 +145,40 @@ def test_scales_that_are_not_finite(tmp_path: Path, value: float) -> None:
             Transformer.from_folder(tmp_path / "low", device="cpu", dequantise=dequantise)
 
 
-def test_zeros_of_a_format_that_is_called_symmetric(tmp_path: Path) -> None:
-    low_bit_folders.write(tmp_path, DENSE, KINDS["gptq"])
+@pytest.mark.parametrize(
+    ("name", "section", "zeros"),
+    [
+        ("gptq", GPTQ | {"sym": True}, "qzeros"),
+        ("packed-zeros", compressed("pack-quantized", **GROUPS), "weight_zero_point"),
+        (
+            "int8-zeros",
+            compressed("int-quantized", num_bits=8, **GROUPS),
+            "weight_zero_point",
+        ),
+    ],
+)
+def test_zeros_of_a_format_that_is_called_symmetric(
+    tmp_path: Path, name: str, section: dict, zeros: str
+) -> None:
+    low_bit_folders.write(tmp_path, DENSE, KINDS[name])
     path = tmp_path / "low" / "params.json"
-    section = GPTQ | {"sym": True}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": section}))
-    with pytest.raises(ValueError, match=f"{FILE}: .*qzeros: expected the zeros of a symmetric"):
+    with pytest.raises(ValueError, match=f"{FILE}: .*{zeros}: expected the zeros of a symmetric"):
+        Transformer.from_folder(tmp_path / "low", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["int8-rows", "fp8-rows"])
+def test_zeros_beside_symmetric_codes(tmp_path: Path, name: str) -> None:
+    """Old compressed-tensors wrote them; they are not kept, and must be zero."""
+    low_bit_folders.write(tmp_path, DENSE, KINDS[name])
+    path = tmp_path / "low" / FILE
+    tensors = load_file(path)
+    scale = tensors[OWNER + "weight_scale"]
+    tensors[OWNER + "weight_zero_point"] = torch.zeros(scale.shape, dtype=torch.int8)
+    save_file(tensors, path)
+    model = Transformer.from_folder(tmp_path / "low", device="cpu")
+    assert model.layers[1].attention.wqkv.tensors.zeros is None
+    tensors[OWNER + "weight_zero_point"][0] = 1
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=f"{FILE}: {OWNER}weight_zero_point: expected the zeros"):
         Transformer.from_folder(tmp_path / "low", device="cpu")

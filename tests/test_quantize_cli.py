@@ -157,6 +157,8 @@ def test_what_is_refused(tmp_path):
 
 def test_overwriting_and_a_bar(tmp_path):
     quantize(TINY_MIXTRAL, tmp_path / "q", "int8")
+    # An attempt that was killed before it could remove what it had replaced.
+    shutil.copytree(tmp_path / "q", tmp_path / ".old-q")
     ended = run_cli(
         *("quantize", TINY_MIXTRAL, tmp_path / "q", "--format", "int4", "--group-size", 0),
         *("--overwrite", "--device", "cpu"),

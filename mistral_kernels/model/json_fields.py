@@ -108,4 +108,6 @@ class JsonFields:
 
     def error(self, key: str, expected: str) -> ValueError:
         """The error for a value that is not what it should be."""
-        return ValueError(f"{self.name(key)}: expected {expected}, got {self.values[key]!r:.80}")
+        return ValueError(
+            f"{self.name(key)}: expected {expected}, got {self.values.get(key)!r:.80}"
+        )

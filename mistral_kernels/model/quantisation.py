@@ -99,7 +99,7 @@ def find_quantisation(values: dict[str, Any]) -> Quantisation | None:
 def _awq(section: JsonFields) -> Quantisation:
     bits = _bits(section, (4,))
     # Of the older form, "GEMM"; of gptqmodel's, "gemm". Other versions order the codes otherwise.
-    key = "version" if "version" in section else "format"
+    key = "format" if "format" in section and "version" not in section else "version"
     section.choice(key, ("gemm", "GEMM"))
     if not section.flag("zero_point", True):
         raise section.error("zero_point", "true, as version gemm always has them")
@@ -190,6 +190,10 @@ def _compressed_strategy(weights: JsonFields) -> tuple[int | None, int | None]:
     size = weights.get("group_size", None)
     implied = "tensor" if size is None else "channel" if size == -1 else "group"
     strategy = weights.choice("strategy", ("tensor", "channel", "group", "block"), implied)
+    if strategy != "group" and size not in (None, -1):
+        raise weights.error("group_size", f"null for strategy {strategy}")
+    if strategy != "block":
+        weights.refuse("block_structure", f"strategy {strategy} has no blocks")
     if strategy == "group":
         return weights.integer("group_size"), None
     if strategy == "block":

@@ -45,13 +45,16 @@ def staged_folder(
     """
     new = staging_place(folder)
     new.mkdir(parents=True, exist_ok=True)
+    old = folder.with_name(f".old-{folder.name}")
     with _alone(new):
         _begin(new, plan)
         yield new
         # Killed from here to the renaming, the next attempt finds no plan and begins anew.
         (new / PLAN).unlink()
-        put_in_place(new, folder, folder.with_name(f".old-{folder.name}"), overwrite, replaceable)
-    shutil.rmtree(folder.with_name(f".old-{folder.name}"), ignore_errors=True)
+        # Killed behind the renaming, an earlier one has left it, and nothing can be renamed to it.
+        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(new, folder, old, overwrite, replaceable)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -165,13 +165,12 @@ def take_low_bit(
     groups = _check_shapes(parts, shape, quantisation)
     perm = _perm(parts["order"], shape[1], groups, read) if "order" in parts else None
     _check_small(parts, shape, read)
-    # GPTQ stores the zeros of symmetric codes as well.
-    implied = quantisation.method == "gptq" and quantisation.symmetric
     form = LowBitForm(
         kind(quantisation),
         shape[1] // groups,
         DTYPES[parts["scales"].dtype],
-        "zeros" in parts and not implied,
+        # GPTQ and old compressed-tensors store the zeros of symmetric codes as well.
+        not quantisation.symmetric,
         perm is not None,
     )
     return StoredLowBit(quantisation, shape, parts, form, perm)

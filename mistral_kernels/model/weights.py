@@ -280,11 +280,11 @@ def _assign(
             for key, place in table.items():
                 if low_bit := take_low_bit(found, key, place.shape, quantisation, read):
                     pairs[key] = low_bit, place
-    full = {key: found.pop(key) for key in table if key in found}
+    full = {key: found.pop(key) for key in table if key in found and key not in pairs}
     tied = found.pop(output, None) if config.tied_embeddings else None
-    for tensor in found.values():
+    for key, tensor in found.items():
         what = "not a tensor of this model"
-        if tensor.key.rpartition(".")[2] in NAMES:
+        if key in pairs or key.rpartition(".")[2] in NAMES:
             stored_as = quantisation or "plain weights"
             what = f"not a tensor of {stored_as}, as {CONFIG_FILES[_layout(config)]} describes them"
         raise ValueError(f"{tensor.path}: {tensor.key}: {what}")
