@@ -127,7 +127,8 @@ class RollingLayer(CacheLayerMixin):
                 max_tokens.
             RuntimeError: the tokens of the last call were never attended.
         """
-        if not self.is_initialized or (self._tokens == 0 and not self._holds(key_states)):
+        # In this order: a compiled graph would be compiled anew where it looked at `_tokens`.
+        if not self.is_initialized or (not self._holds(key_states) and self._tokens == 0):
             self.lazy_initialization(key_states, value_states)
         batch, heads, tokens, head_dim = key_states.shape
         self.expect(batch, heads, tokens, head_dim)
