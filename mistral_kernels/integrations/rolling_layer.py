@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from mistral_kernels.integrations.attention_plan import (
-    DECODE,
     NOT_QUANTISED,
     AttentionPlan,
     packed,
@@ -236,10 +235,10 @@ class RollingLayer(CacheLayerMixin):
         self._advance(tokens)
         return out
 
-    def _decode(self, q_heads: int) -> BoundOp:
-        """`decode_attention`, bound to what serves it for this ring."""
+    def _decode(self, q_heads: int) -> BoundOp | None:
+        """`decode_attention`, bound to what serves it for this ring; in a graph nobody waits."""
         if torch.compiler.is_compiling():
-            return DECODE
+            return None
         group, head_dim = ("group", q_heads // self.kv_heads), ("head_dim", self.head_dim)
         facts = group, head_dim, ("page_size", self.page_size)
         return _decode_op(self.device, self.dtype, facts)
