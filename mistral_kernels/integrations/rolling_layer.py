@@ -153,8 +153,9 @@ class RollingLayer(CacheLayerMixin):
             self._make_room(tokens)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the ring is there for keys and values like x, without a cast."""
-        return self.is_initialized and self.dtype == x.dtype and self.device == x.device
+        """Whether the ring holds tokens, and more like x go in without a cast."""
+        held = self.is_initialized and self._tokens != 0  # an empty one may be made anew
+        return held and self.dtype == x.dtype and self.device == x.device
 
     def _holds(self, keys: Tensor) -> bool:
         """Whether the ring was made for such (batch, kv_heads, tokens, head_dim)."""
