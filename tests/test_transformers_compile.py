@@ -10,6 +10,7 @@ from tolerance import AS_EAGER
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.graph import GraphLowering
+from transformers import DynamicCache, StaticCache
 
 from mistral_kernels import ops
 from mistral_kernels.integrations.transformers import RollingCache, enable
@@ -45,6 +46,20 @@ def test_decode_steps_share_one_graph():
     cache.crop(-1)
     logits = model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits[:, 0]
     assert error(logits, expected[:, -1]).within(AS_EAGER)
+
+
+@pytest.mark.parametrize("make", [DynamicCache, lambda config: StaticCache(config, 20)])
+def test_caches_of_transformers(make):
+    model = stock(sliding_window=WINDOW, num_hidden_layers=1)
+    ids = random_ids(2, 10)
+    expected = model(ids, use_cache=False).logits
+    enable(switched(model))
+    cache = make(config=model.config)
+    model(ids[:, :7], past_key_values=cache)
+    step = torch.compile(model.forward, backend="eager", **FULL_GRAPH)
+    for i in range(7, 10):  # over the window's edge
+        logits = step(ids[:, i : i + 1], past_key_values=cache).logits[:, 0]
+        assert error(logits, expected[:, i]).within(AS_EAGER), i
 
 
 def test_no_copy_of_the_cache_in_the_generated_code():

@@ -59,6 +59,19 @@ def test_as_eager(family, fields, ways):
     assert ways == [True] * CHUNKS.count(1) * LAYERS
 
 
+def test_a_reset_cache_takes_another_batch(ways):
+    model = switched(stock(sliding_window=5))
+    ids = random_ids(3, 4)
+    expected = model(ids, use_cache=False).logits
+    enable(model)
+    cache = RollingCache(model.config)
+    for rows in (slice(0, 1), slice(0, 3), slice(2, 3)):
+        logits = fed(model, ids[rows], torch.ones_like(ids[rows]), cache, (1, 1, 2))
+        assert error(logits, expected[rows]).within(AS_EAGER)
+        cache.reset()
+    assert ways == 3 * ([False] * LAYERS + [True] * LAYERS)
+
+
 class Triple(nn.Module):
     def forward(self, weight):
         return 3 * weight

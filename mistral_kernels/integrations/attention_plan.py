@@ -129,7 +129,7 @@ class AttentionPlan(NamedTuple):
         window: int | None,
         scale: float | None,
         causal: bool = True,
-        decode: BoundOp = DECODE,
+        decode: BoundOp | None = None,
     ) -> Tensor:
         """Attention of packed rows, over the ring, new keys and values, or both.
 
@@ -138,7 +138,8 @@ class AttentionPlan(NamedTuple):
                 ring already.
             ring: pages and their table; None: k and v are all there is.
             window, scale, causal: as for `prefill_attention`.
-            decode: `decode_attention`, bound to what serves it for this ring.
+            decode: `decode_attention`, bound to what serves it for this ring; None: each call
+                chooses.
 
         Returns:
             (rows, q_heads, head_dim).
@@ -150,6 +151,7 @@ class AttentionPlan(NamedTuple):
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         if ring is not None and len(q) == len(self.starts):
             tables = (*NO_TABLES, window, self.starts, None, scale, *NOT_QUANTISED, None, False)
+            decode = DECODE if decode is None else decode
             return decode(q, k, v, *ring, self.context_lens, *tables)[0]
         past = (None, None, None, None) if ring is None else (*ring, self.context_lens)
         how = (self.starts, window, causal, scale, *NOT_QUANTISED, False)

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from mistral_kernels.integrations.attention_plan import (
-    DECODE,
     NOT_QUANTISED,
     AttentionPlan,
     packed,
@@ -127,7 +126,8 @@ class RollingLayer(CacheLayerMixin):
                 max_tokens.
             RuntimeError: the tokens of the last call were never attended.
         """
-        if not self.is_initialized or (self._tokens == 0 and not self._holds(key_states)):
+        # In this order: a compiled graph would be compiled anew where it looked at `_tokens`.
+        if not self.is_initialized or (not self._holds(key_states) and self._tokens == 0):
             self.lazy_initialization(key_states, value_states)
         batch, heads, tokens, head_dim = key_states.shape
         self.expect(batch, heads, tokens, head_dim)
@@ -153,8 +153,9 @@ class RollingLayer(CacheLayerMixin):
             self._make_room(tokens)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the ring is there for keys and values like x, without a cast."""
-        return self.is_initialized and self.dtype == x.dtype and self.device == x.device
+        """Whether the ring holds tokens, and more like x go in without a cast."""
+        held = self.is_initialized and self._tokens != 0  # an empty one may be made anew
+        return held and self.dtype == x.dtype and self.device == x.device
 
     def _holds(self, keys: Tensor) -> bool:
         """Whether the ring was made for such (batch, kv_heads, tokens, head_dim)."""
@@ -235,10 +236,10 @@ class RollingLayer(CacheLayerMixin):
         self._advance(tokens)
         return out
 
-    def _decode(self, q_heads: int) -> BoundOp:
-        """`decode_attention`, bound to what serves it for this ring."""
+    def _decode(self, q_heads: int) -> BoundOp | None:
+        """`decode_attention`, bound to what serves it for this ring; in a graph nobody waits."""
         if torch.compiler.is_compiling():
-            return DECODE
+            return None
         group, head_dim = ("group", q_heads // self.kv_heads), ("head_dim", self.head_dim)
         facts = group, head_dim, ("page_size", self.page_size)
         return _decode_op(self.device, self.dtype, facts)

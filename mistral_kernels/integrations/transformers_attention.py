@@ -67,8 +67,8 @@ def mask_function(
     if allow_is_causal_skip or (q_length == 1 and not use_vmap):
         starts = None
         if attention_mask is not None:
-            starts = _starts(attention_mask, q_length, q_offset) - kv_offset
-            starts = starts.clamp(min=0)
+            starts = _starts(attention_mask, q_length, q_offset)
+            starts = None if starts is None else (starts - kv_offset).clamp(min=0)
         plan = AttentionPlan.of_batch(
             batch_size, q_length, context=q_offset - kv_offset, starts=starts, device=device
         )
@@ -82,13 +82,15 @@ def mask_function(
     return plan.as_mask(local_size)
 
 
-def _starts(mask: Tensor, q_length: int, q_offset: int | Tensor) -> Tensor:
-    """First visible position of each sequence; the ops take no other gap."""
+def _starts(mask: Tensor, q_length: int, q_offset: int | Tensor) -> Tensor | None:
+    """First visible position of each sequence, None for 0; the ops take no other gap."""
     if isinstance(q_offset, int) and mask.shape[1] < q_offset + q_length:
         raise ValueError(
             f"{SWITCH}: attention_mask must cover the {q_offset} tokens in the cache and the"
             f" {q_length} new ones, got {mask.shape[1]} columns"
         )
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
+        return None  # one op for a dozen, each token
     places = torch.arange(mask.shape[1], device=mask.device)
     first = torch.where(mask, places, mask.shape[1]).amin(-1)
     last = torch.where(mask, places, -1).amax(-1)

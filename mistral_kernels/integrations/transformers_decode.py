@@ -77,7 +77,9 @@ def _one_token(layer: nn.Module, x: Tensor, named: dict) -> Tensor | None:
     projections = _projections(attention, x, named)
     if norms is None or plan is None or projections is None:
         return None
-    cells = _cells(x.device, x.dtype, int(_is_mixture(mlp)) and mlp.gate.top_k)
+    if not norms[0].shape == norms[1].shape == x.shape[1:]:
+        return None
+    cells = _cells(x.device, x.dtype, mlp.top_k if _is_mixture(mlp) else 0)
     normed = cells.rms_norm(x, norms[0], first.variance_epsilon)
     attended = _attend(attention, normed, projections, plan, named, cells)
     normed, x = cells.add_rms_norm(attended, x, norms[1], second.variance_epsilon)

@@ -53,7 +53,7 @@ def few_rows(dtype: torch.dtype) -> int:
 
 def _linear_cpu(x: Tensor, weight: Tensor, batch_invariant: bool) -> Tensor:
     rows = x if x.dim() == 2 else x.flatten(0, -2)
-    if not batch_invariant and len(rows) > few_rows(x.dtype):
+    if not batch_invariant and rows.shape[0] > few_rows(x.dtype):
         return functional.linear(x, weight)
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     native_extension().linear_cpu(
