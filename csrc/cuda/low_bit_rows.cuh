@@ -144,18 +144,18 @@ class LowBitRows {
     const int stride = shares * Layout::kCodes;
     int k = first * Layout::kCodes;
     x_ += perm_ != nullptr ? 0 : k + word_ * Layout::kWord;
-    copied_k_ = k + word_ * Layout::kChunk;
-    if (copied_k_ < size_) advance_codes(copied_k_);
+    const int chunk = word_ * Layout::kChunk;
+    if (k + chunk < size_) advance_codes(k + chunk);
 #pragma unroll
-    for (int i = 0; i < kRingSteps; ++i) copy_step(stride);
+    for (int i = 0; i < kRingSteps; ++i) copy_step(k + chunk + i * stride, stride);
 
     const auto group_size = static_cast<int>(weight_.group_size);
-    int scaled_k = k + word_ / kUnits * stride + word_ % kUnits * kUnitChunks * Layout::kChunk;
-    Group group{scaled_k / group_size, scaled_k % group_size};
+    const int unit = word_ / kUnits * stride + word_ % kUnits * kUnitChunks * Layout::kChunk;
+    Group group{(k + unit) / group_size, (k + unit) % group_size};
     const Group advance{kTurn * stride / group_size, kTurn * stride % group_size};
     for (int64_t& number : groups_) number += group.number;
     RawScales raw{{0, 0}, {kMiddle, kMiddle}};
-    load_scales(scaled_k, raw);
+    load_scales(k + unit, raw);
     Scales scales;
     for (int step = 0; k < size_; ++step) {
       uint32_t x[4][Layout::kPairs];
@@ -165,16 +165,15 @@ class LowBitRows {
       uint32_t words[4][2];
       load_words(words);
       __syncwarp();  // and are read before they are written over
-      copy_step(stride);
-      k += stride;
+      copy_step(k + chunk + kRingSteps * stride, stride);
       x_ += perm_ != nullptr ? 0 : stride;
       if (step % kTurn == 0) {
         scales = Scales(raw, weight_.scale_dtype);
-        scaled_k += kTurn * stride;
         const int groups = group.advance(advance, group_size);
         for (int64_t& number : groups_) number += groups;
-        load_scales(scaled_k, raw);
+        load_scales(k + unit + kTurn * stride, raw);
       }
+      k += stride;
       multiply_step(words, x, scales, step % kTurn * kUnits, sums);
     }
     wait_copies<0>();  // of nothing, from behind the end: the ring is free
@@ -222,14 +221,13 @@ class LowBitRows {
     for (const uint8_t*& codes : codes_) codes += bytes_of(by);
   }
 
-  // Copies the lane's chunks of the next step; 0 behind the end.
-  __device__ void copy_step(int stride) {
+  // Copies the lane's chunks, at column k, of the next step; 0 behind the end.
+  __device__ void copy_step(int k, int stride) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) copy_async_16(ring_ + to_ + i * 32, codes_[i], copied_k_ < size_);
+    for (int i = 0; i < 2; ++i) copy_async_16(ring_ + to_ + i * 32, codes_[i], k < size_);
     commit_copies();
     to_ = next_place(to_);
-    copied_k_ += stride;
-    if (copied_k_ < size_) advance_codes(stride);
+    if (k + stride < size_) advance_codes(stride);
   }
 
   // The same place of the next step in the warp's ring.
@@ -255,10 +253,7 @@ class LowBitRows {
     uint32_t x[4][Layout::kPairs];
     if (perm_ != nullptr) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        gather_x(k + i * Layout::kChunk, x[i]);
-        __syncwarp();  // addresses of one chunk at a time: those of all do not fit in registers
-      }
+      for (int i = 0; i < 4; ++i) gather_x(k + i * Layout::kChunk, x[i]);
     } else if (k + Layout::kCodes <= size_) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) load_x_of_chunk(x_ + i * Layout::kChunk, true, x[i]);
@@ -294,6 +289,7 @@ class LowBitRows {
 #pragma unroll
     for (int i = 0; i < Layout::kWord; ++i) {
       values[i] = chunk < size_ ? x_[perm_[chunk + word_ * Layout::kWord + i]] : T(0.0f);
+      if (i % 4 == 3) __syncwarp();  // addresses of more would not fit in registers
     }
     memcpy(x, values, sizeof(x));
   }
@@ -347,10 +343,9 @@ class LowBitRows {
   const int32_t* perm_;
   uint4* ring_;
   int size_;
-  int word_;      // t
-  int copied_k_;  // column of `codes_`
-  int to_;        // places in the ring: of the chunk to copy next
-  int from_;      // of the row whose address ldmatrix wants of the lane
+  int word_;  // t
+  int to_;    // places in the ring: of the chunk to copy next
+  int from_;  // of the row whose address ldmatrix wants of the lane
 };
 
 }  // namespace mistral_kernels::cuda
