@@ -8,18 +8,18 @@
 // are then multiplied by its scale in float32.
 //
 // Bytes in flight. 4.8 TB/s (H200) over 132 multiprocessors are 36 KB in the microsecond that a
-// loaded memory takes to answer; a block of 8 warps has 32 KB on their way, and three share a
-// multiprocessor (80 registers a thread).
+// loaded memory takes to answer; a block of 8 warps has 32 KB on their way, and two or three (80
+// registers a thread) share a multiprocessor.
 //
 // Arithmetic. At that rate, and 1.755 GHz, a multiprocessor has 198 issue slots for the kilobyte of
 // codes of a step, 6 more for each 32 bytes of scales. Plain float would take a conversion and an
 // fma for each of its 2048 (4 bits) weights / 32 lanes, 128 before any load of x, and 64 for each
 // token more. On tensor cores converting is nearly all, the same for 1 token and 8. A step on
 // sm_90a, bf16, without a perm, in instructions a warp:
-//     4 bits, groups of 128    200 of 204 slots: 88 make integers of the codes, 16 pair up x
-//     4 bits, groups of 32     260 of 222: there instructions bound, not memory
-//     8 bits, integer          190 of 198
-//     8 bits, e4m3             180 of 198
+//     4 bits, groups of 128    199 of 204 slots: 88 make integers of the codes, 16 pair up x
+//     4 bits, groups of 32     263 of 222: there instructions bound, not memory
+//     8 bits, integer          207 of 198: both
+//     8 bits, e4m3             192 of 198
 // Sums of 16-bit products (half2) would take fewer, and lose bits that a group's sum needs. Not
 // measured.
 #pragma once
