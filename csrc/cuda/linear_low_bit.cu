@@ -1,4 +1,6 @@
-// linear_low_bit on CUDA for up to 8 rows of x, bound by reading the weight.
+// linear_low_bit on CUDA for up to 8 rows of x, bound by reading the weight: once, by blocks of 16
+// rows of it. low_bit_rows.cuh says how, and what that costs. Not measured; at 4.8 TB/s (H200) a
+// weight (14336, 4096) of 4 bits in groups of 128, 30 MB, would take 6.3 us, of 8 bits 12.2 us.
 #include "cuda/convert.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/low_bit_dispatch.cuh"
@@ -9,6 +11,9 @@
 // codegen: linear_low_bit_kernel is due mma
 // codegen: linear_low_bit_kernel is due cp_async
 // codegen: linear_low_bit_kernel is due load_16
+// codegen: linear_low_bit_kernel moves 30.3e6 bytes, does 117e6 operations for int4 g128, 1 row
+// codegen: linear_low_bit_kernel moves 30.3e6 bytes, does 940e6 operations for int4 g128, 8 rows
+// codegen: linear_low_bit_kernel moves 58.7e6 bytes, does 117e6 operations for int8, 1 row
 
 namespace mistral_kernels::cuda {
 namespace {

@@ -3,9 +3,25 @@
 // A warp has 16 rows and takes 64 bytes of each at a step: 128 codes of 4 bits, 64 of 8. They come
 // by asynchronous copies into a ring in shared memory of the warp's own, so that what is on its way
 // needs no registers; ldmatrix then hands each lane a word of codes of every 16 bytes. All lanes of
-// a row thus hold codes of one group, whose products are summed by itself. Codes less zeros are
+// a row thus hold codes of one group, whose products are summed by themselves. Codes less zeros are
 // small integers, exact in 16 bits, and so tensor cores multiply exactly; float32 sums of a group
 // are then multiplied by its scale in float32.
+//
+// Bytes in flight. 4.8 TB/s (H200) over 132 multiprocessors are 36 KB in the microsecond that a
+// loaded memory takes to answer; a block of 8 warps has 32 KB on their way, and two or three (80
+// registers a thread) share a multiprocessor.
+//
+// Arithmetic. At that rate, and 1.755 GHz, a multiprocessor has 198 issue slots for the kilobyte of
+// codes of a step, 6 more for each 32 bytes of scales. Plain float would take a conversion and an
+// fma for each of its 2048 (4 bits) weights / 32 lanes, 128 before any load of x, and 64 for each
+// token more. On tensor cores converting is nearly all, the same for 1 token and 8. A step on
+// sm_90a, bf16, without a perm, in instructions a warp:
+//     4 bits, groups of 128    199 of 204 slots: 88 make integers of the codes, 16 pair up x
+//     4 bits, groups of 32     263 of 222: there instructions bound, not memory
+//     8 bits, integer          207 of 198: both
+//     8 bits, e4m3             192 of 198
+// Sums of 16-bit products (half2) would take fewer, and lose bits that a group's sum needs. Not
+// measured.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -92,11 +108,13 @@ __device__ inline float scale_of(uint32_t bits, Dtype dtype) {
 // A lane's part. With g = lane / 4 and t = lane % 4 it copies the chunks t of rows g and g + 8,
 // reads x of token g, and gets the sums of rows g and g + 8 for tokens 2t and 2t + 1.
 //
-// kUnits: in how many parts a step is summed, so that no part has columns of two groups.
+// kUnits: in how many parts a step is summed, so that no part has columns of two groups. The four
+// lanes of a row share the work of reading scales: each has those of one of the next four units.
 template <typename T, typename Codes, int kUnits>
 class LowBitRows {
   using Layout = Step<Codes>;
   static constexpr int kUnitChunks = 4 / kUnits;
+  static constexpr int kTurn = 4 / kUnits;  // steps that four units make
   static constexpr bool kHasZeros = !std::is_same_v<Codes, Float8>;
   static constexpr uint32_t kMiddle = std::is_same_v<Codes, Int4> ? 8 : 0;  // zero, if not given
 
@@ -125,21 +143,21 @@ class LowBitRows {
   __device__ void multiply(int first, int shares, float (&sums)[4]) {
     const int stride = shares * Layout::kCodes;
     int k = first * Layout::kCodes;
-    const int chunk = word_ * Layout::kChunk;
     x_ += perm_ != nullptr ? 0 : k + word_ * Layout::kWord;
-    copied_k_ = k + chunk;
-    if (copied_k_ < size_) advance_codes(copied_k_);
+    const int chunk = word_ * Layout::kChunk;
+    if (k + chunk < size_) advance_codes(k + chunk);
 #pragma unroll
-    for (int i = 0; i < kRingSteps; ++i) copy_step(stride);
+    for (int i = 0; i < kRingSteps; ++i) copy_step(k + chunk + i * stride, stride);
 
-    const int own = kUnits > 1 ? chunk : 0;  // where the lane's scales count
     const auto group_size = static_cast<int>(weight_.group_size);
-    Group group{(k + own) / group_size, (k + own) % group_size};
-    const Group advance{stride / group_size, stride % group_size};
+    const int unit = word_ / kUnits * stride + word_ % kUnits * kUnitChunks * Layout::kChunk;
+    Group group{(k + unit) / group_size, (k + unit) % group_size};
+    const Group advance{kTurn * stride / group_size, kTurn * stride % group_size};
     for (int64_t& number : groups_) number += group.number;
     RawScales raw{{0, 0}, {kMiddle, kMiddle}};
-    load_scales(k + own, raw);
-    while (k < size_) {
+    load_scales(k + unit, raw);
+    Scales scales;
+    for (int step = 0; k < size_; ++step) {
       uint32_t x[4][Layout::kPairs];
       load_x(k, x);
       wait_copies<kRingSteps - 1>();
@@ -147,14 +165,16 @@ class LowBitRows {
       uint32_t words[4][2];
       load_words(words);
       __syncwarp();  // and are read before they are written over
-      copy_step(stride);
-      const Scales scales(raw, weight_.scale_dtype);
-      k += stride;
+      copy_step(k + chunk + kRingSteps * stride, stride);
       x_ += perm_ != nullptr ? 0 : stride;
-      const int groups = group.advance(advance, group_size);
-      for (int64_t& number : groups_) number += groups;
-      load_scales(k + own, raw);
-      multiply_step(words, x, scales, sums);
+      if (step % kTurn == 0) {
+        scales = Scales(raw, weight_.scale_dtype);
+        const int groups = group.advance(advance, group_size);
+        for (int64_t& number : groups_) number += groups;
+        load_scales(k + unit + kTurn * stride, raw);
+      }
+      k += stride;
+      multiply_step(words, x, scales, step % kTurn * kUnits, sums);
     }
     wait_copies<0>();  // of nothing, from behind the end: the ring is free
   }
@@ -174,7 +194,7 @@ class LowBitRows {
     }
   };
 
-  // Bits as they lie in memory, of both rows: nothing waits for them before the next step.
+  // Bits as they lie in memory, of both rows: nothing waits for them before the next turn.
   struct RawScales {
     uint32_t scale[2];
     uint32_t zero[2];
@@ -184,6 +204,7 @@ class LowBitRows {
     float scale[2];
     uint32_t zero[2];
 
+    Scales() = default;
     __device__ Scales(const RawScales& raw, Dtype dtype) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -200,14 +221,13 @@ class LowBitRows {
     for (const uint8_t*& codes : codes_) codes += bytes_of(by);
   }
 
-  // Copies the lane's chunks of the next step; 0 behind the end.
-  __device__ void copy_step(int stride) {
+  // Copies the lane's chunks, at column k, of the next step; 0 behind the end.
+  __device__ void copy_step(int k, int stride) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) copy_async_16(ring_ + to_ + i * 32, codes_[i], copied_k_ < size_);
+    for (int i = 0; i < 2; ++i) copy_async_16(ring_ + to_ + i * 32, codes_[i], k < size_);
     commit_copies();
     to_ = next_place(to_);
-    copied_k_ += stride;
-    if (copied_k_ < size_) advance_codes(stride);
+    if (k + stride < size_) advance_codes(stride);
   }
 
   // The same place of the next step in the warp's ring.
@@ -233,10 +253,7 @@ class LowBitRows {
     uint32_t x[4][Layout::kPairs];
     if (perm_ != nullptr) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        gather_x(k + i * Layout::kChunk, x[i]);
-        __syncwarp();  // addresses of one chunk at a time: those of all do not fit in registers
-      }
+      for (int i = 0; i < 4; ++i) gather_x(k + i * Layout::kChunk, x[i]);
     } else if (k + Layout::kCodes <= size_) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) load_x_of_chunk(x_ + i * Layout::kChunk, true, x[i]);
@@ -272,6 +289,7 @@ class LowBitRows {
 #pragma unroll
     for (int i = 0; i < Layout::kWord; ++i) {
       values[i] = chunk < size_ ? x_[perm_[chunk + word_ * Layout::kWord + i]] : T(0.0f);
+      if (i % 4 == 3) __syncwarp();  // addresses of more would not fit in registers
     }
     memcpy(x, values, sizeof(x));
   }
@@ -292,11 +310,13 @@ class LowBitRows {
 
   __device__ void multiply_step(const uint32_t (&words)[4][2],
                                 const uint32_t (&x)[4][Layout::kPairs], const Scales& own,
-                                float (&sums)[4]) const {
+                                int first_unit, float (&sums)[4]) const {
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
       float part[4] = {};
-      const uint32_t zero[2] = {of_unit(own.zero[0], unit), of_unit(own.zero[1], unit)};
+      const int lane = first_unit + unit;  // of the row's four, that has the unit's scales
+      const uint32_t zero[2] = {__shfl_sync(kAllLanes, own.zero[0], lane, 4),
+                                __shfl_sync(kAllLanes, own.zero[1], lane, 4)};
 #pragma unroll
       for (int chunk = unit * kUnitChunks; chunk < (unit + 1) * kUnitChunks; ++chunk) {
         uint32_t upper[Layout::kPairs];
@@ -309,17 +329,11 @@ class LowBitRows {
                          {x[chunk][i], x[chunk][i + 1]});
         }
       }
-      const float scale[2] = {of_unit(own.scale[0], unit), of_unit(own.scale[1], unit)};
+      const float scale[2] = {__shfl_sync(kAllLanes, own.scale[0], lane, 4),
+                              __shfl_sync(kAllLanes, own.scale[1], lane, 4)};
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[i] += scale[i / 2] * part[i];
     }
-  }
-
-  // What the lane of the unit's first chunk has.
-  template <typename V>
-  static __device__ V of_unit(V own, int unit) {
-    if constexpr (kUnits == 1) return own;
-    return __shfl_sync(kAllLanes, own, unit * kUnitChunks, 4);
   }
 
   const LowBit& weight_;
@@ -329,10 +343,9 @@ class LowBitRows {
   const int32_t* perm_;
   uint4* ring_;
   int size_;
-  int word_;      // t
-  int copied_k_;  // column of `codes_`
-  int to_;        // places in the ring: of the chunk to copy next
-  int from_;      // of the row whose address ldmatrix wants of the lane
+  int word_;  // t
+  int to_;    // places in the ring: of the chunk to copy next
+  int from_;  // of the row whose address ldmatrix wants of the lane
 };
 
 }  // namespace mistral_kernels::cuda

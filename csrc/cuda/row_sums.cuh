@@ -9,7 +9,7 @@ namespace mistral_kernels::cuda {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = 16;       // weight rows of a warp: those of an mma's a
-constexpr int kTileTokens = 8;  // tokens of an mma's b
+constexpr int kTileTokens = 8;  // tokens of an mma's b; CUDA_ROWS of ops/low_bit.py
 
 // Writes a warp's sums to `partial`, (pairs, kWarps, kRows) in shared memory. The pair of a token
 // is a number of the caller's, negative where nobody wants its sums.
