@@ -53,13 +53,29 @@ void multiply(const LinearLowBit& args, int threads) {
 
 // ---- Weights of many rows, in the order of their columns.
 
+// The bytes of kLanes 4-bit codes, each in 64 bits.
+inline auto load_pairs(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtepu8_epi64(-1, _mm_loadl_epi64((const __m128i*)from));
+#elif defined(__AVX2__)
+  int bytes;
+  std::memcpy(&bytes, from, sizeof(bytes));
+  return _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bytes));
+#else
+  using Pairs = uint64_t __attribute__((vector_size(kLanes * 4)));
+  return Pairs{from[0], from[1]};
+#endif
+}
+
 // kLanes codes, or the first `count` and zeros.
 inline Floats codes_in_order(const uint8_t* row, int64_t column, int64_t count) {
   uint8_t bytes[kLanes / 2] = {};
-  std::memcpy(bytes, row + column / 2, std::min<int64_t>(count, kLanes) / 2);
-  Words words;
-  for (int lane = 0; lane < kLanes; ++lane) words[lane] = bytes[lane / 2] >> (lane % 2 * 4) & 15;
-  return __builtin_convertvector(reinterpret_cast<Ints>(words), Floats);
+  const bool whole = count >= kLanes;
+  if (!whole) std::memcpy(bytes, row + column / 2, count / 2);
+  const auto pairs = load_pairs(whole ? row + column / 2 : bytes);
+  // The second code of a byte goes to the upper half of its 64 bits.
+  const Ints codes = reinterpret_cast<Ints>(pairs | pairs << 28) & 15;
+  return __builtin_convertvector(codes, Floats);
 }
 inline Floats codes_in_order(const Int8* row, int64_t column, int64_t count) {
   return load(row + column, count);
