@@ -97,7 +97,8 @@ struct Int8Codes : LowBitFormat<int8_t, kZeros> {
 };
 
 // The bits of a code become those of a float that is too small by 2^(127 - 7), subnormal codes
-// included: x and the scales make up for it, each by half, so that neither can overflow in earnest.
+// included. x and the scales make up for it, each by half: no bit is lost while |x| lies between
+// 2^-57 and 2^67, and no scale overflows below 2^67.
 struct Float8Codes : LowBitFormat<int8_t, false> {
   using Vector = Ints;
   static constexpr int kCodes = 1;
