@@ -54,7 +54,7 @@ def in_few_bits(full: Transformer, name: str) -> tuple[Transformer, dict[str, Lo
             group = columns if group_size is None else min(group_size, columns)
             forms[weight] = LowBitForm(codes, group, full.dtype, zeros=False, perm=False)
     model = Transformer(full.config, device="cpu", dtype=full.dtype, low_bit=forms)
-    for weight, value in full.state_dict().items():
+    for weight, value in full.named_parameters():
         if weight in forms:
             low = quantise(value, codes, forms[weight].group_size)
             for kept, tensor in zip(model.get_submodule(weight).tensors, low, strict=True):
