@@ -75,8 +75,8 @@ SHAPES = {
 def random_model(shape: Shape, dtype: torch.dtype) -> Transformer:
     """A model of that shape; the spread of its weights is the one that transformers gives."""
     sizes = shape._asdict()
-    for name in ("context", "tokens", "window"):
-        del sizes[name]
+    for name in ("context", "tokens", "window", "format"):
+        sizes.pop(name, None)
     config = ModelConfig(
         **sizes,
         norm_eps=1e-5,

@@ -265,6 +265,11 @@ ExpertMlpLowBit expert_mlp_low_bit_args(Address x, const LowBitFields& w13, cons
           At{inner}};
 }
 
+Dequantise dequantise_args(const LowBitFields& weight, Address out, int64_t rows, int64_t in_dim,
+                           int dtype) {
+  return {low_bit(weight), At{out}, rows, in_dim, Dtype(dtype)};
+}
+
 std::string compiler() {
 #ifdef __clang__
   return __VERSION__;  // "Clang 17.0.6"
@@ -306,6 +311,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("expert_mlp_cpu", MISTRAL_KERNELS_ON_CPU(expert_mlp), no_gil);
   m.def("silu_mul_cpu", MISTRAL_KERNELS_ON_CPU(silu_mul), no_gil);
   m.def("linear_cpu", MISTRAL_KERNELS_ON_CPU(linear), no_gil);
+  m.def("linear_low_bit_cpu", MISTRAL_KERNELS_ON_CPU(linear_low_bit), no_gil);
+  m.def("expert_mlp_low_bit_cpu", MISTRAL_KERNELS_ON_CPU(expert_mlp_low_bit), no_gil);
+  m.def("dequantise_cpu", MISTRAL_KERNELS_ON_CPU(dequantise), no_gil);
 #ifdef MISTRAL_KERNELS_CUDA
   m.def("cuda_versions", &cuda_versions, "(driver, runtime), 13000 for 13.0; driver 0 if absent.");
   m.def("rms_norm_cuda", on_cuda(&rms_norm_args, &cuda::rms_norm), no_gil);

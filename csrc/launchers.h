@@ -261,6 +261,15 @@ struct ExpertMlpLowBit {
   void* inner;  // (tokens * top_k, ffn_dim), dtype: workspace on CUDA
 };
 
+// out[row][i] = round(weight[row][i]), columns in the order of the codes.
+struct Dequantise {
+  LowBit weight;  // (rows, in_dim); perm is not looked at
+  void* out;      // (rows, in_dim), contiguous
+  int64_t rows;
+  int64_t in_dim;
+  Dtype dtype;  // of out
+};
+
 // Each file of csrc/cpu is compiled once for each of these instruction sets (setup.py), oldest
 // first; a machine that runs one runs all before it. Expands to apply(name, ...) for each. A build
 // without CPU kernels defines it as empty.
@@ -285,6 +294,9 @@ struct ExpertMlpLowBit {
   void expert_mlp(const ExpertMlp& args, int threads);               \
   void silu_mul(const SiluMul& args, int threads);                   \
   void linear(const Linear& args, int threads);                      \
+  void linear_low_bit(const LinearLowBit& args, int threads);        \
+  void expert_mlp_low_bit(const ExpertMlpLowBit& args, int threads); \
+  void dequantise(const Dequantise& args, int threads);              \
   }
 MISTRAL_KERNELS_PATHS(MISTRAL_KERNELS_DECLARE, )
 #undef MISTRAL_KERNELS_DECLARE

@@ -17,10 +17,24 @@ constexpr int kMaxRows = 8;
 
 // ---- How a vector of T is read, of x as of the weight, and multiplied.
 
+// What `dot` wants to know of a weight's elements that are multiplied as they are: a vector from
+// memory is one of floats. low_bit_dot.h has those of which a vector from memory gives several.
 template <typename T>
-struct Widened {
+struct Plain {
   using Element = T;
+  using Vector = Floats;
+  static constexpr int kCodes = 1;       // columns of an Element
+  static constexpr int kParts = 1;       // vectors of floats that a vector from memory gives
+  static constexpr int kVectors = 1;     // of packed x that belong to a vector from memory
+  static constexpr bool kZeros = false;  // the last of these is multiplied with `Walk::zero`
+
+  static Floats part(Floats vector, int) { return vector; }
+};
+
+template <typename T>
+struct Widened : Plain<T> {
   static constexpr int kStep = kLanes;  // elements of a vector
+  static constexpr int kLine = std::max<int>(64 / sizeof(T), kStep);
 
   static Floats read(const T* from, int64_t count) { return load(from, count); }
   static Floats add(Floats sum, Floats weight, Floats x) { return sum + weight * x; }
@@ -33,9 +47,9 @@ struct FastestOf {
 
 #if defined(__AVX512BF16__)
 // A lane holds two bf16, and gains the sum of two products at a time.
-struct Pairs {
-  using Element = BFloat16;
+struct Pairs : Plain<BFloat16> {
   static constexpr int kStep = 2 * kLanes;
+  static constexpr int kLine = kStep;
 
   static Floats read(const BFloat16* from, int64_t count) {
     const __mmask32 mask = count >= kStep ? ~0u : (1u << count) - 1;
@@ -63,7 +77,7 @@ inline int padded_rows(int rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : kMa
 // Floats that one packed row takes.
 template <typename Product>
 inline int64_t packed_size(int64_t in) {
-  return round_up(in, Product::kStep) / Product::kStep * kLanes;
+  return round_up(in, Product::kStep) / Product::kStep * (Product::kVectors * kLanes);
 }
 
 // Packs the rows row(0) .. row(rows - 1); the last one also fills the places behind it.
@@ -95,60 +109,107 @@ struct WeightRows {
   const T* data;
   int64_t stride;
   int64_t count;
+
+  // Walks along the columns of some rows, from `first` on.
+  struct Walk {
+    Walk(const WeightRows&, int64_t) {}
+    // Columns from here up to it are added up on their own, `limit` at most.
+    int64_t stop(int64_t, int64_t limit) { return limit; }
+    Floats zero(int) const { return Floats{}; }
+    Floats scaled(int, Floats sum, Floats part) const { return sum + part; }
+  };
 };
+
+// acc[r][s] gains the product of factor r and value s. Inlined, as acc is to stay in registers.
+template <typename Product, int kRows, int kStreams>
+__attribute__((always_inline)) inline void multiply_add(const float* factors,
+                                                        const Floats (&values)[kStreams],
+                                                        Floats (&acc)[kRows][kStreams]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const Floats factor = in_register(load(factors + r * kLanes));
+    for (int s = 0; s < kStreams; ++s) acc[r][s] = Product::add(acc[r][s], values[s], factor);
+  }
+}
 
 // Lane j of out[r] becomes the product of packed row r and weight row j, or garbage from `count`
 // on. On a machine with AVX-512 the weight comes at the speed of plain reading; 8 rows need 16
 // FMAs for each 2 vectors of it, as much as two FMA units do in the time that reading takes.
-template <typename Product, int kRows>
-void dot_rows(const float* x, const WeightRows<typename Product::Element>& weight, int64_t in,
-              Floats* out) {
-  using T = typename Product::Element;
+template <typename Product, int kRows, typename Weight>
+void dot_rows(const float* x, const Weight& weight, int64_t in, Floats* out) {
+  using Element = typename Product::Element;
   constexpr int kStep = Product::kStep;
+  constexpr int kVectors = Product::kVectors;
+  constexpr int kCodes = Product::kCodes;
   // So many rows of the weight are streamed at once: the accumulators fit the registers.
   constexpr int kStreams = std::min(std::min(kLanes, 8), kRegisters / 2 / kRows);
-  constexpr int kLine = std::max<int>(64 / sizeof(T), kStep);
+  constexpr int kLine = Product::kLine;
   // The hardware stops prefetching at the end of a row; 512 to 2048 bytes do equally well.
-  constexpr int64_t kAhead = 1024 / sizeof(T);
+  constexpr int64_t kAhead = 1024 / sizeof(Element) * kCodes;
   // All weight rows meet 16 KB of x before the next columns, so that these stay in L1.
   constexpr int64_t kPanel = 4096 / kRows;
-  // So many products of a lane are added up on their own: long rows lose fewer bits.
+  // So many products of a lane are added up on their own: long rows lose fewer bits. They end at
+  // multiples of it wherever a panel or a group begins, so the bits do not depend on kRows.
   constexpr int64_t kSegment = 32 * kLanes;
-  static_assert(kPanel % kSegment == 0 && kSegment % kLine == 0);
+  static_assert(kPanel % kSegment == 0 && kSegment % kLine == 0 && kLine % kStep == 0);
   Floats sums[kRows][kLanes] = {};
   for (int64_t first = 0; first < in; first += kPanel) {
     const int64_t end = std::min(in, first + kPanel);
     for (int j = 0; j < kLanes; j += kStreams) {
-      const T* rows[kStreams];
+      const Element* rows[kStreams];
       for (int s = 0; s < kStreams; ++s) {
         rows[s] = weight.data + std::min<int64_t>(j + s, weight.count - 1) * weight.stride;
       }
+      typename Weight::Walk walk(weight, first);
+      Floats totals[kRows][kStreams];
+      for (int r = 0; r < kRows; ++r) {
+        for (int s = 0; s < kStreams; ++s) totals[r][s] = sums[r][j + s];
+      }
       for (int64_t i = first; i < end;) {
-        const int64_t stop = std::min(end, i + kSegment);
-        Floats acc[kRows][kStreams] = {};
-        const auto step = [&](int64_t at, int64_t count) {
-          Floats values[kStreams];
-          for (int s = 0; s < kStreams; ++s) values[s] = Product::read(rows[s] + at, count);
-          const float* packed = x + at / kStep * (kRows * kLanes);
+        const int64_t stop = walk.stop(i, std::min(end, i / kSegment * kSegment + kSegment));
+        Floats acc[kRows][kStreams];
+        for (auto& row : acc) {
+          for (Floats& sum : row) sum = Floats{};  // `= {}` would put them into memory
+        }
+        const auto step = [&](int64_t at, int64_t count) __attribute__((always_inline)) {
+          typename Product::Vector vectors[kStreams];
+          for (int s = 0; s < kStreams; ++s) {
+            vectors[s] = Product::read(rows[s] + at / kCodes, count);
+          }
+          const float* packed = x + at / kStep * (kVectors * kRows * kLanes);
 #pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-            const Floats factor = in_register(load(packed + r * kLanes));
-            for (int s = 0; s < kStreams; ++s) {
-              acc[r][s] = Product::add(acc[r][s], values[s], factor);
-            }
+          for (int part = 0; part < Product::kParts; ++part) {
+            Floats values[kStreams];
+            for (int s = 0; s < kStreams; ++s) values[s] = Product::part(vectors[s], part);
+            multiply_add<Product>(packed + part * kRows * kLanes, values, acc);
+          }
+          if constexpr (Product::kZeros) {
+            Floats zeros[kStreams];
+            for (int s = 0; s < kStreams; ++s) zeros[s] = walk.zero(j + s);
+            multiply_add<Product>(packed + (kVectors - 1) * kRows * kLanes, zeros, acc);
           }
         };
         for (; i + kLine <= stop; i += kLine) {
           // Past the end of these columns follow those of the next rows.
-          const int64_t next = i + kAhead < end ? 0 : kStreams * weight.stride - (end - first);
-          for (int s = 0; s < kStreams; ++s) __builtin_prefetch(rows[s] + i + kAhead + next);
+          const int64_t next =
+              i + kAhead < end ? 0 : kStreams * weight.stride - (end - first) / kCodes;
+          for (int s = 0; s < kStreams; ++s) {
+            __builtin_prefetch(rows[s] + (i + kAhead) / kCodes + next);
+          }
 #pragma GCC unroll 8
           for (int k = 0; k < kLine; k += kStep) step(i + k, kStep);
         }
-        for (; i < stop; i += kStep) step(i, stop - i);
+        for (; kLine > kStep && i + kStep <= stop; i += kStep) step(i, kStep);
+        if (i < stop) step(i, stop - i);
+        i = stop;
         for (int r = 0; r < kRows; ++r) {
-          for (int s = 0; s < kStreams; ++s) sums[r][j + s] += acc[r][s];
+          for (int s = 0; s < kStreams; ++s) {
+            totals[r][s] = walk.scaled(j + s, totals[r][s], acc[r][s]);
+          }
         }
+      }
+      for (int r = 0; r < kRows; ++r) {
+        for (int s = 0; s < kStreams; ++s) sums[r][j + s] = totals[r][s];
       }
     }
   }
@@ -156,9 +217,8 @@ void dot_rows(const float* x, const WeightRows<typename Product::Element>& weigh
 }
 
 // As above for `rows` packed rows; fills padded_rows(rows) of `out`.
-template <typename Product>
-inline void dot(int rows, const float* x, const WeightRows<typename Product::Element>& weight,
-                int64_t in, Floats* out) {
+template <typename Product, typename Weight>
+inline void dot(int rows, const float* x, const Weight& weight, int64_t in, Floats* out) {
   switch (padded_rows(rows)) {
     case 1:
       return dot_rows<Product, 1>(x, weight, in, out);

@@ -68,6 +68,17 @@ inline Words load_words(const uint8_t* from) {
 #endif
 }
 
+// 8-bit elements, sign-extended.
+inline Ints load_ints(const int8_t* from) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_maskz_cvtepi8_epi32(-1, _mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+  return Ints{from[0], from[1], from[2], from[3]};
+#endif
+}
+
 inline Floats load(const BFloat16* from) { return floats_of(load_words(&from->bits) << 16); }
 
 inline Floats load(const Float16* from) {
@@ -81,9 +92,7 @@ inline Floats load(const Float16* from) {
 }
 
 inline Floats load(const Int8* from) {
-  const Words bytes = load_words(reinterpret_cast<const uint8_t*>(from));
-  // The sign bit of the byte becomes that of the int, and comes back down with its copies.
-  return __builtin_convertvector(reinterpret_cast<Ints>(bytes << 24) >> 24, Floats);
+  return __builtin_convertvector(load_ints(&from->bits), Floats);
 }
 
 inline Floats load(const Float8* from) {

@@ -19,7 +19,7 @@ Source: Jiang et al. 2024, arXiv 2401.04088; Shazeer 2020 for SwiGLU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ from mistral_kernels.ops.linear import few_rows, linear_reference
 from mistral_kernels.ops.silu_mul import silu_mul, silu_mul_backward, silu_mul_reference
 
 WORKSPACE_BYTES = 256 << 20  # many tokens are worked in chunks that need no more than this
-MAX_TOP_K = 256  # kMaxPairs of csrc/cpu/expert_mlp.cpp
+MAX_TOP_K = 256  # kMaxPairs of csrc/cpu/expert_loop.h
 MAX_TOKENS = 16  # kMaxTokens of csrc/cuda/expert_mlp.cu
 MAX_PAIRS = 64  # kMaxPairs of csrc/cuda/expert_mlp.cu
 
@@ -57,9 +57,9 @@ def chunks(tokens: int, bytes_a_token: int) -> Iterator[slice]:
     return (slice(begin, begin + size) for begin in range(0, tokens, max(1, size)))
 
 
-def _gemm_bytes(x: Tensor, w2: Tensor, expert_ids: Tensor) -> int:
+def gemm_bytes(x: Tensor, ffn_dim: int, expert_ids: Tensor) -> int:
     """Workspace of a token where torch's GEMMs do the work, at most."""
-    return expert_ids.shape[1] * (3 * w2.shape[2] + 3 * x.shape[1]) * 4
+    return expert_ids.shape[1] * (3 * ffn_dim + 3 * x.shape[1]) * 4
 
 
 def expert_mlp_reference(
@@ -71,7 +71,7 @@ def expert_mlp_reference(
     batch_invariant: bool,
 ) -> Tensor:
     out = x.new_empty(x.shape)
-    for rows in chunks(len(x), _gemm_bytes(x, w2, expert_ids)):
+    for rows in chunks(len(x), gemm_bytes(x, w2.shape[2], expert_ids)):
         ids = expert_ids[rows]
         slots = x.new_zeros(*ids.shape, x.shape[1], dtype=compute_dtype(x.dtype))
         for expert in range(len(w13)):
@@ -118,9 +118,26 @@ def expert_mlp_backward(
     return d_x, d_w13, d_w2, d_weights
 
 
-def _sorted_by_expert(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, expert_ids: Tensor):
-    """Many tokens: each used expert's pairs side by side, one GEMM a projection."""
-    experts, top_k = len(w13), expert_ids.shape[1]
+def sorted_by_expert(
+    x: Tensor,
+    experts: int,
+    ffn_dim: int,
+    weights: Tensor,
+    expert_ids: Tensor,
+    project: Callable[[str, int, Tensor, Tensor], None],
+) -> Tensor:
+    """Many tokens on the CPU: each used expert's pairs side by side, one GEMM a projection.
+
+    Args:
+        x: (tokens, hidden).
+        experts, ffn_dim: sizes of the weights.
+        weights, expert_ids: as `expert_mlp` takes them.
+        project: `(name, expert, rows, out)` writes rows times w13 or w2 (the name) of that expert.
+
+    Returns:
+        (tokens, hidden), float32.
+    """
+    top_k = expert_ids.shape[1]
     used = (expert_ids >= 0) & (expert_ids < experts)
     keys = torch.where(used, expert_ids, experts).flatten()
     order = keys.sort(stable=True).indices
@@ -129,13 +146,13 @@ def _sorted_by_expert(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, exper
     down = x.new_empty(sum(counts) + 1, x.shape[1])
     down[-1] = 0
     rows = x.index_select(0, order[: len(order) - skipped] // top_k)
-    gate_up = x.new_empty(max(counts, default=0), w13.shape[1])
+    gate_up = x.new_empty(max(counts, default=0), 2 * ffn_dim)
     first = 0
     for expert, count in enumerate(counts):
         if count:
             pairs = slice(first, first + count)
-            torch.mm(rows[pairs], w13[expert].mT, out=gate_up[:count])
-            torch.mm(silu_mul(gate_up[:count]), w2[expert].mT, out=down[pairs])
+            project("w13", expert, rows[pairs], gate_up[:count])
+            project("w2", expert, silu_mul(gate_up[:count]), down[pairs])
             first += count
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order))
@@ -179,15 +196,21 @@ def _expert_mlp_cpu(
     # experts, top-2, float32, on the machine of `few_rows`: 2.3 for 1 token, 2.6 for 32, 2.2 for
     # 128, 1.0 for 256.
     if not batch_invariant and expert_ids.numel() > few_rows(x.dtype) * len(w13):
-        for rows in chunks(len(x), _gemm_bytes(x, w2, expert_ids)):
-            out[rows] = _sorted_by_expert(x[rows], w13, w2, weights[rows], expert_ids[rows])
+        stacked = {"w13": w13, "w2": w2}
+
+        def project(name: str, expert: int, rows: Tensor, out: Tensor) -> None:
+            torch.mm(rows, stacked[name][expert].mT, out=out)
+
+        for rows in chunks(len(x), gemm_bytes(x, w2.shape[2], expert_ids)):
+            call = len(w13), w2.shape[2], weights[rows], expert_ids[rows], project
+            out[rows] = sorted_by_expert(x[rows], *call)
         return out
     launch = native_extension().expert_mlp_cpu
     _launch(launch, x, w13, w2, weights, expert_ids, out, None, *cpu_queue())
     return out
 
 
-def _cpu_refuses(facts: dict[str, int]) -> str | None:
+def cpu_refuses(facts: dict[str, int]) -> str | None:
     top_k = facts.get("top_k", 1)
     return None if top_k <= MAX_TOP_K else f"it takes top_k up to {MAX_TOP_K}, got {top_k}"
 
@@ -272,7 +295,7 @@ _expert_mlp = define(
     fake=lambda x, *_: x.new_empty(x.shape),
     cells={
         "reference": expert_mlp_reference,
-        "cpu": Cell(_expert_mlp_cpu, refuses=_cpu_refuses),
+        "cpu": Cell(_expert_mlp_cpu, refuses=cpu_refuses),
         "triton": Cell(_expert_mlp_triton),
         "cuda": Cell(
             _expert_mlp_cuda,

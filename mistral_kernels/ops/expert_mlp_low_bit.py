@@ -17,11 +17,20 @@ from mistral_kernels.ops.dispatch import (
     KERNEL_DTYPES,
     Cell,
     Facts,
+    cpu_queue,
     cuda_queue,
     define,
     native_extension,
 )
-from mistral_kernels.ops.expert_mlp import MAX_PAIRS, expert_mlp_reference
+from mistral_kernels.ops.expert_mlp import (
+    MAX_PAIRS,
+    chunks,
+    cpu_refuses,
+    expert_mlp_reference,
+    gemm_bytes,
+    sorted_by_expert,
+)
+from mistral_kernels.ops.linear_low_bit import many_rows, multiply_dequantised
 from mistral_kernels.ops.low_bit import (
     LowBit,
     check_bits,
@@ -134,6 +143,58 @@ def _facts(
     )
 
 
+def _expert_mlp_low_bit_cpu(
+    x: Tensor,
+    w13: Tensor,
+    w13_scales: Tensor,
+    w2: Tensor,
+    w2_scales: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    w13_zeros: Tensor | None,
+    w2_zeros: Tensor | None,
+    bits: int,
+    group_size: int | None,
+    w13_perm: Tensor | None,
+    w2_perm: Tensor | None,
+) -> Tensor:
+    up = LowBit(w13, w13_scales, w13_zeros, w13_perm)
+    down = LowBit(w2, w2_scales, w2_zeros, w2_perm)
+    ffn_dim = down.shape[-1]
+    out = x.new_empty(x.shape)
+    many, dtype = many_rows(x.dtype)
+    if expert_ids.numel() >= many * len(w13):  # on average an expert has many rows
+        stacked = {"w13": up, "w2": down}
+
+        def project(name: str, expert: int, rows: Tensor, out: Tensor) -> None:
+            weight = LowBit(*(None if t is None else t[expert] for t in stacked[name]))
+            multiply_dequantised(rows, weight, out)
+
+        for rows in chunks(len(x), gemm_bytes(x, ffn_dim, expert_ids)):
+            call = len(w13), ffn_dim, weights[rows], expert_ids[rows], project
+            out[rows] = sorted_by_expert(x[rows].to(dtype), *call).to(x.dtype)
+        return out
+    native_extension().expert_mlp_low_bit_cpu(
+        x.data_ptr(),
+        launch_fields(up),
+        launch_fields(down),
+        weights.data_ptr(),
+        expert_ids.data_ptr(),
+        out.data_ptr(),
+        *x.shape,
+        ffn_dim,
+        len(w13),
+        weights.shape[1],
+        x.stride(0),
+        weights.stride(0),
+        expert_ids.stride(0),
+        KERNEL_DTYPES.index(x.dtype),
+        0,  # no workspace
+        *cpu_queue(),
+    )
+    return out
+
+
 _expert_mlp_low_bit = define(
     "expert_mlp_low_bit",
     "Tensor x, Tensor w13, Tensor w13_scales, Tensor w2, Tensor w2_scales, Tensor weights,"
@@ -143,6 +204,7 @@ _expert_mlp_low_bit = define(
     fake=lambda x, *_: x.new_empty(x.shape),
     cells={
         "reference": expert_mlp_low_bit_reference,
+        "cpu": Cell(_expert_mlp_low_bit_cpu, refuses=cpu_refuses),
         "cuda": Cell(
             _expert_mlp_low_bit_cuda,
             dtypes=(torch.bfloat16, torch.float16),

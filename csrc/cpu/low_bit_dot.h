@@ -1,0 +1,335 @@
+// Dot products with a low-bit weight, whose codes become floats between memory and the FMA.
+//
+// A vector from memory gives one vector of 8-bit codes, and eight of 4-bit codes: its lane is a
+// 32-bit word, whose codes stand for eight neighbouring columns. x is packed in that order, so no
+// code is moved to another lane:
+//
+//     column    0  1  2  ...  7 |  8  9 10 ... 15 | 16 ...
+//     lane      0  0  0  ...  0 |  1  1  1 ...  1 |  2 ...        x[0], x[8], x[16], .. come first
+//     part      0  1  2  ...  7 |  0  1  2 ...  7 |  0 ...
+//
+// The products of a group are added up on their own and multiplied with its scale, once; where a
+// vector holds several groups (a word never does) each lane has its own scale.
+#pragma once
+
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/dot.h"
+#include "launchers.h"
+
+namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH {
+
+constexpr int kWordCodes = 8;  // 4-bit codes of a word
+
+// ---- The formats: their Products for `dot`.
+
+template <typename T, bool kWithZeros>
+struct LowBitFormat {
+  using Element = T;
+  static constexpr bool kZeros = kWithZeros;
+  static constexpr float kUnit = 1;  // the scale of a group is so many times that of its values
+  static constexpr float kUnitX = 1;
+
+  static Floats add(Floats sum, Floats weight, Floats x) { return sum + weight * x; }
+};
+
+// The first `count` lanes, 0 behind them, of what load_all reads for all of them.
+template <typename T, typename Load>
+inline auto load_some(const T* from, int64_t count, Load&& load_all) {
+  if (count >= kLanes) return load_all(from);
+  T padded[kLanes] = {};
+  std::memcpy(padded, from, count * sizeof(T));
+  return load_all(padded);
+}
+
+// The values are code - 8. Zero points are not taken from each value: 8 - zero is multiplied with
+// the sum of the word's x, once for eight codes.
+template <bool kZeros>
+struct Int4 : LowBitFormat<uint8_t, kZeros> {
+  using Vector = Words;
+  static constexpr int kCodes = 2;
+  static constexpr int kParts = kWordCodes;
+  static constexpr int kVectors = kParts + kZeros;
+  static constexpr int kStep = kWordCodes * kLanes;
+  static constexpr int kLine = kStep;
+  static constexpr int kZero = 8;
+  using Zero = uint8_t;
+
+  static Words read(const uint8_t* from, int64_t count) {
+    if (count < kStep) {
+      uint8_t padded[kStep / kCodes] = {};
+      std::memcpy(padded, from, count / kCodes);
+      return read(padded, kStep);
+    }
+    Words words;
+    std::memcpy(&words, from, sizeof(words));
+    return words;
+  }
+  static Floats part(Words words, int part) {
+#if defined(__AVX512F__)
+    // One instruction looks up the low four bits of each lane, whatever lies above them.
+    const Floats values = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    return (Floats)_mm512_maskz_permutexvar_ps(-1, (__m512i)(words >> (4 * part)), (__m512)values);
+#else
+    // Codes with their highest bit inverted are two's complement.
+    const Ints high = reinterpret_cast<Ints>((words ^ 0x88888888u) << (28 - 4 * part));
+    return __builtin_convertvector(high >> 28, Floats);
+#endif
+  }
+};
+
+template <bool kZeros>
+struct Int8Codes : LowBitFormat<int8_t, kZeros> {
+  using Vector = Ints;
+  static constexpr int kCodes = 1;
+  static constexpr int kParts = 1;
+  static constexpr int kVectors = 1;
+  static constexpr int kStep = kLanes;
+  static constexpr int kLine = 64;
+  static constexpr int kZero = 0;
+  using Zero = int8_t;
+
+  static Ints read(const int8_t* from, int64_t count) {
+    return load_some(from, count, [](const int8_t* all) { return load_ints(all); });
+  }
+  static Floats part(Ints codes, int) { return __builtin_convertvector(codes, Floats); }
+};
+
+// The bits of a code become those of a float that is too small by 2^(127 - 7), subnormal codes
+// included. x and the scales make up for it, each by half: no bit is lost while |x| lies between
+// 2^-57 and 2^67, and no scale overflows below 2^67.
+struct Float8Codes : LowBitFormat<int8_t, false> {
+  using Vector = Ints;
+  static constexpr int kCodes = 1;
+  static constexpr int kParts = 1;
+  static constexpr int kVectors = 1;
+  static constexpr int kStep = kLanes;
+  static constexpr int kLine = 64;
+  static constexpr int kZero = 0;
+  using Zero = int8_t;
+  static constexpr float kUnit = 0x1p60f;
+  static constexpr float kUnitX = 0x1p60f;
+
+  static Ints read(const int8_t* from, int64_t count) {
+    return load_some(from, count, [](const int8_t* all) { return load_ints(all); });
+  }
+  static Floats part(Ints codes, int) {
+    const Words sign_and_magnitude = reinterpret_cast<Words>(codes << 20) & 0x87f00000u;
+    return floats_of(sign_and_magnitude);
+  }
+};
+
+// Calls run(Format{}) with that of weights which have such codes, and of which some have zeros.
+template <typename Run>
+inline void with_format(Dtype codes, bool zeros, Run&& run) {
+  switch (codes) {
+    case Dtype::kInt4:
+      return zeros ? run(Int4<true>{}) : run(Int4<false>{});
+    case Dtype::kInt8:
+      return zeros ? run(Int8Codes<true>{}) : run(Int8Codes<false>{});
+    case Dtype::kFloat8:
+      return run(Float8Codes{});
+    default:
+      throw std::invalid_argument("codes: expected int4, int8 or float8");
+  }
+}
+
+// ---- Packed rows of x.
+
+// Where the float of a column lies in a packed row that is alone.
+template <typename Format>
+inline int64_t place_of(int64_t column) {
+  if constexpr (Format::kParts == 1) return column;
+  const int64_t word = column / kWordCodes, part = column % kWordCodes;
+  return (word / kLanes * Format::kVectors + part) * kLanes + word % kLanes;
+}
+
+// The same among `rows` packed rows, for row r.
+inline int64_t among(int64_t place, int rows, int r) {
+  return (place / kLanes * rows + r) * kLanes + place % kLanes;
+}
+
+// Packs the rows row(0) .. row(rows - 1) in the order of their codes; perm may be null.
+template <typename Format, typename Row>
+inline void pack_in_code_order(int rows, int64_t in, const int32_t* perm, Row&& row,
+                               float* packed) {
+  constexpr int64_t kVector = Format::kVectors * kLanes;
+  const int padded = padded_rows(rows);
+  const int64_t size = packed_size<Format>(in);
+  for (int r = 0; r < padded; ++r) {
+    const auto* from = row(std::min(r, rows - 1));
+    const auto vector = [&](int64_t place) { return packed + among(place, padded, r); };
+    for (int64_t place = std::max<int64_t>(0, size - kVector); place < size; place += kLanes) {
+      store(vector(place), Floats{});  // behind the last column
+    }
+    const auto put = [&](int64_t column, int64_t of_x) {
+      *vector(place_of<Format>(column)) = to_float(from[of_x]) * Format::kUnitX;
+    };
+    if (perm == nullptr) {
+      for (int64_t column = 0; column < in; ++column) put(column, column);
+    } else {
+      for (int64_t column = 0; column < in; ++column) put(column, perm[column]);
+    }
+    if constexpr (Format::kVectors > Format::kParts) {
+      for (int64_t place = 0; place < size; place += kVector) {
+        Floats total = load(vector(place));
+        for (int part = 1; part < Format::kParts; ++part) {
+          total += load(vector(place + part * kLanes));
+        }
+        store(vector(place + Format::kParts * kLanes), total);
+      }
+    }
+  }
+}
+
+// ---- Scales.
+
+// How the rows of a weight are cut into groups, and into spans of columns in which a lane has one
+// scale: a group of columns, or one vector of words where that holds several groups.
+template <typename Format>
+struct Groups {
+  // Scales of a span that a row has: one a lane, or one, as a group of 8-bit codes is whole
+  // vectors, or the row.
+  static constexpr int kScales = Format::kParts > 1 ? kLanes : 1;
+
+  Groups(int64_t in, int64_t group_size) : count(in / group_size), span(group_size) {
+    if (kScales > 1 && count > 1 && group_size % Format::kStep != 0) span = Format::kStep;
+    spans = (in + span - 1) / span;
+    for (int64_t column = 0; kScales > 1 && column < round_up(in, Format::kStep);
+         column += kWordCodes) {
+      // Codes behind the last column are multiplied with 0: any scale that is a number will do.
+      of_word.push_back(static_cast<uint32_t>(std::min(column / group_size, count - 1)));
+    }
+  }
+
+  int64_t count;                  // groups of a row
+  int64_t span;                   // columns of a span
+  int64_t spans;                  // of a row
+  std::vector<uint32_t> of_word;  // the group of each word, where kScales > 1
+
+  // Floats of the scales of kLanes rows, as `spread` lays them out.
+  int64_t spread_floats() const { return spans * kLanes * kScales; }
+};
+
+// Lane i is from[lanes[i]].
+inline Floats look_up(const float* from, Words lanes) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_permutexvar_ps(-1, (__m512i)lanes, (__m512)load(from));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_permutevar8x32_ps((__m256)load(from), (__m256i)lanes);
+#else
+  return Floats{from[lanes[0]], from[lanes[1]], from[lanes[2]], from[lanes[3]]};
+#endif
+}
+
+// From (rows, groups.count), a vector behind it readable, to (groups.spans, kLanes, kScales), in
+// the order in which `dot` comes by.
+template <typename Format>
+void spread(const Groups<Format>& groups, int64_t rows, const float* from, float* to) {
+  for (int64_t span = 0; span < groups.spans; ++span) {
+    float* row_of_span = to + span * kLanes * Groups<Format>::kScales;
+    if constexpr (Groups<Format>::kScales == 1) {
+      for (int64_t row = 0; row < rows; ++row) row_of_span[row] = from[row * groups.count + span];
+    } else {
+      const uint32_t* of_word = groups.of_word.data() + span * groups.span / kWordCodes;
+      Words lanes;
+      std::memcpy(&lanes, of_word, sizeof(lanes));
+      lanes -= *of_word;
+      for (int64_t row = 0; row < rows; ++row) {
+        store(row_of_span + row * kLanes, look_up(from + row * groups.count + *of_word, lanes));
+      }
+    }
+  }
+}
+
+// kLanes rows of a weight, from `data` on; only the first `count` exist.
+template <typename Format>
+struct LowBitRows {
+  const typename Format::Element* data;
+  int64_t stride;
+  int64_t count;
+  const Groups<Format>& groups;
+  const float* scales;  // as `spread` lays them out
+  const float* zeros;   // likewise, null without Format::kZeros
+
+  // Walks from span to span.
+  class Walk {
+   public:
+    Walk(const LowBitRows& rows, int64_t first)
+        : size_(rows.groups.span), scales_(rows.scales), zeros_(rows.zeros) {
+      const int64_t span = first == 0 ? 0 : first / size_;
+      end_ = (span + 1) * size_;
+      step(span);
+    }
+
+    int64_t stop(int64_t column, int64_t limit) {
+      if (column == end_) {
+        end_ += size_;
+        step(1);
+      }
+      return std::min(limit, end_);
+    }
+    Floats zero(int row) const { return Format::kZeros ? of_row(zeros_, row) : Floats{}; }
+    Floats scaled(int row, Floats sum, Floats part) const {
+      return sum + part * of_row(scales_, row);
+    }
+
+   private:
+    void step(int64_t spans) {
+      scales_ += spans * kLanes * Groups<Format>::kScales;
+      if constexpr (Format::kZeros) zeros_ += spans * kLanes * Groups<Format>::kScales;
+    }
+    static Floats of_row(const float* values, int row) {
+      if constexpr (Groups<Format>::kScales == 1) return broadcast(values[row]);
+      return load(values + row * kLanes);
+    }
+
+    const int64_t size_;
+    int64_t end_;
+    const float* scales_;
+    const float* zeros_;
+  };
+};
+
+// Floats of memory that `low_bit_rows` wants.
+template <typename Format>
+inline int64_t scales_floats(const Groups<Format>& groups) {
+  return (Format::kZeros ? 2 : 1) * groups.spread_floats() + kLanes * groups.count + kLanes;
+}
+
+// Rows first .. first + count - 1 (kLanes at most) of a weight, counted over all experts. Their
+// scales and zeros go to `scratch`.
+template <typename Format>
+LowBitRows<Format> low_bit_rows(const LowBit& weight, const Groups<Format>& groups, int64_t in,
+                                int64_t first, int64_t count, float* scratch) {
+  using Element = typename Format::Element;
+  count = std::min<int64_t>(count, kLanes);
+  const int64_t stride = in / Format::kCodes;
+  const int64_t begin = first * groups.count, size = count * groups.count;
+  float* scales = scratch;
+  float* zeros = scales + groups.spread_floats();
+  float* values = zeros + Format::kZeros * groups.spread_floats();
+  with_dtype(weight.scale_dtype, [&](auto element) {
+    const auto* from = static_cast<const decltype(element)*>(weight.scales) + begin;
+    for_vectors(size, [&](int64_t i, int64_t left) {
+      store(values + i, load(from + i, left) * Format::kUnit);
+    });
+  });
+  spread(groups, count, values, scales);
+  if constexpr (Format::kZeros) {
+    const auto* from = static_cast<const typename Format::Zero*>(weight.zeros) + begin;
+    for (int64_t i = 0; i < size; ++i) {
+      values[i] = weight.zeros == nullptr ? 0 : Format::kZero - from[i];
+    }
+    spread(groups, count, values, zeros);
+  }
+  return {static_cast<const Element*>(weight.qweight) + first * stride,
+          stride,
+          count,
+          groups,
+          scales,
+          zeros};
+}
+
+}  // namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH
