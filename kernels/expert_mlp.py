@@ -16,16 +16,8 @@ TFLOP/s of A100, H100, H200 (not measured):
 
 import torch
 
-from mistral_kernels.kernels.expert_combine import expert_combine
-from mistral_kernels.kernels.expert_down import expert_down
-from mistral_kernels.kernels.expert_plan import expert_plan
-from mistral_kernels.kernels.expert_tiles import FEW_TOKENS, expert_rows
-from mistral_kernels.kernels.expert_up import expert_up
-
-
-def bytes_a_token(top_k: int, hidden: int, ffn_dim: int, dtype: torch.dtype) -> int:
-    """Workspace of a token among many: `inner`, `slots`, its places in the plan."""
-    return top_k * (ffn_dim * dtype.itemsize + hidden * 4 + 8)
+from mistral_kernels.kernels.expert_steps import bytes_a_token as bytes_a_token
+from mistral_kernels.kernels.expert_steps import expert_steps
 
 
 def expert_mlp(
@@ -48,20 +40,9 @@ def expert_mlp(
         out: (tokens, hidden), x's dtype, contiguous.
         batch_invariant: the same tiles and order of sums for any number of tokens.
     """
-    (tokens, _), (experts, _, ffn_dim), top_k = x.shape, w2.shape, weights.shape[1]
-    if tokens == 0 or w2.numel() == 0:
+    experts, _, ffn_dim = w2.shape
+    if len(x) == 0 or w2.numel() == 0:
         out.zero_()  # without experts every slot is skipped
         return
-    few = tokens <= FEW_TOKENS and not batch_invariant
-    rows = tokens if few else expert_rows(tokens, top_k, experts, batch_invariant)
-    pairs = tokens * top_k
-    inner = x.new_empty(tokens * experts if few else pairs, ffn_dim)
-    starts = order = places = None
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        if not few:
-            starts, order, places = (expert_ids.new_empty(n) for n in (experts + 1, pairs, pairs))
-            expert_plan(expert_ids, experts, starts, order, places)
-        w1_w3 = w13.unflatten(1, (2, ffn_dim))
-        expert_up(x, w1_w3, expert_ids, starts, order, inner, rows, gate_up=False)
-        slots, splits = expert_down(inner, w2, expert_ids, starts, rows)
-        expert_combine(slots, weights, expert_ids, places, out, experts, splits)
+    w1_w3, sizes = w13.unflatten(1, (2, ffn_dim)), (experts, ffn_dim)
+    expert_steps(x, w1_w3, w2, weights, expert_ids, out, sizes, batch_invariant)

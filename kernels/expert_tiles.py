@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from mistral_kernels.kernels.expert_plan import load_ids
+from mistral_kernels.kernels.low_bit_codes import low_bit_tiles
 from mistral_kernels.kernels.matrix_product import tile_place
 from mistral_kernels.kernels.processor import processor, shared_bytes
 
@@ -146,14 +147,20 @@ def expert_rows(tokens: int, top_k: int, experts: int, batch_invariant: bool) ->
     return 64 if batch_invariant else 2 * tokens * top_k // experts
 
 
-def tiles_for(rows: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]:
+def tiles_for(
+    rows: int, dtype: torch.dtype, arch: tuple[int, int], format: str | None = None
+) -> dict[str, int]:
     """Tiles for about `rows` rows at a time, on compute capability `arch`; not measured.
+
+    format: of low-bit weights, whose tiles are `low_bit_tiles`; what follows is about the others.
 
     Up to 32 rows: 64 weight rows of 256 bytes a stage. Two programs fit on a multiprocessor and
     keep some 96 KB of weights on their way, twice what its bandwidth asks for. 128 x 256 is the
     widest tile whose sums fit into registers. Less where that would spill: BLOCK_K with mma, which
     keeps its operands in registers, too, columns on sm_100.
     """
+    if format is not None:
+        return low_bit_tiles(rows, dtype, arch, format)
     block_m = min(max(triton.next_power_of_2(rows), 16), 64 if dtype == torch.float32 else 128)
     if dtype == torch.float32:  # no tensor cores: the sums of a thread are what limits
         # 8 warps would spill on sm_100, 4 on sm_90.

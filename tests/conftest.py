@@ -98,6 +98,8 @@ def marks(target: Target) -> list[pytest.MarkDecorator]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = {i for i in items if all(map(i.get_closest_marker, ("interpreter", "not_interpreted")))}
+    items[:] = [item for item in items if item not in slow]
     for item in () if GPU else items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

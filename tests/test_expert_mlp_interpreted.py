@@ -23,9 +23,9 @@ MODULE = sys.modules["mistral_kernels.ops.expert_mlp"]
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """The file of all steps; tiles of 4 rows, or all of few tokens, 8 columns and 16 of k."""
+    """The file of the steps; tiles of 4 rows, or all of few tokens, 8 columns and 16 of k."""
     from mistral_kernels.kernels import expert_down, expert_up
-    from mistral_kernels.kernels import expert_mlp as kernel
+    from mistral_kernels.kernels import expert_steps as kernel
     from mistral_kernels.kernels.expert_tiles import tiles_for
 
     def small(rows, *arguments) -> dict[str, int]:

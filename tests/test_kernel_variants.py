@@ -11,6 +11,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from mistral_kernels.ops import dispatch
+from mistral_kernels.ops.low_bit import INT4, quantise
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
@@ -53,6 +54,7 @@ def call(op: str, tokens: int) -> tuple:
     shares, ids = torch.zeros(tokens, TOP_K), integers(tokens, TOP_K)
     mixture = x, w13, w2, shares, ids, True
     q, k, (cos, sin) = heads(tokens)
+    up, down = (quantise(weight, INT4, 16) for weight in (w13, w2))
     if op == "store_kv_":  # tokens sequences of one token each
         cache = rows(7, PAGE, HEADS, HEAD_DIM)
         lens = integers(tokens + 1), integers(tokens)
@@ -69,6 +71,8 @@ def call(op: str, tokens: int) -> tuple:
         "route_experts_backward": ([shares], needs[:1], rows(tokens, EXPERTS), TOP_K, None),
         "linear": (x, rows(FFN_DIM, HIDDEN), True),
         "expert_mlp": mixture,
+        "linear_low_bit": (x, up.qweight[0], up.scales[0], None, 4, 16, None),
+        "expert_mlp_low_bit": (x, *up[:2], *down[:2], shares, ids, None, None, 4, 16, None, None),
         "expert_mlp_backward": ([x], needs, *mixture),
     }[op]
 
@@ -89,9 +93,12 @@ def test_the_number_of_tokens_compiles_nothing_anew(op, variants):
     assert counts[0] and counts == [counts[0]] * 5
 
 
-def test_few_tokens_of_a_mixture_share_their_kernels(variants):
+@pytest.mark.parametrize("op", ["expert_mlp", "expert_mlp_low_bit", "linear_low_bit"])
+def test_few_tokens_share_their_kernels(op, variants):
     for tokens in (1, 2, 16, 17):
-        dispatch.OPS["expert_mlp"]["triton"].run(*call("expert_mlp", tokens)[:-1], False)
+        inputs = call(op, tokens)
+        inputs = (*inputs[:-1], False) if op == "expert_mlp" else inputs
+        dispatch.OPS[op]["triton"].run(*inputs)
+    assert len(variants.pop("expert_combine_kernel", {None})) == 1
     # Tiles have 16 rows or 32.
-    assert len(variants.pop("expert_combine_kernel")) == 1
-    assert [len(kinds) for kinds in variants.values()] == [2, 2]
+    assert {len(kinds) for kinds in variants.values()} == {2}

@@ -38,6 +38,8 @@ from mistral_kernels.ops.low_bit import (
     cuda_facts,
     cuda_refuses,
     launch_fields,
+    triton_refuses,
+    word_alignment,
 )
 
 
@@ -117,6 +119,32 @@ def _cuda_refuses(facts: dict[str, int]) -> str | None:
     return cuda_refuses("tokens", facts)
 
 
+def _expert_mlp_low_bit_triton(
+    x: Tensor,
+    w13: Tensor,
+    w13_scales: Tensor,
+    w2: Tensor,
+    w2_scales: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    w13_zeros: Tensor | None,
+    w2_zeros: Tensor | None,
+    bits: int,
+    group_size: int | None,
+    w13_perm: Tensor | None,
+    w2_perm: Tensor | None,
+) -> Tensor:
+    from mistral_kernels.kernels import expert_mlp_low_bit as kernel
+
+    up, down = (w13, w13_scales, w13_zeros, w13_perm), (w2, w2_scales, w2_zeros, w2_perm)
+    out = x.new_empty(x.shape)
+    bytes_a_token = kernel.bytes_a_token(weights.shape[1], *LowBit(*down).shape[1:], x.dtype)
+    for rows in chunks(len(x), bytes_a_token):
+        call = x[rows], up, down, weights[rows], expert_ids[rows], out[rows]
+        kernel.expert_mlp_low_bit(*call)
+    return out
+
+
 def _facts(
     x: Tensor,
     w13: Tensor,
@@ -139,6 +167,7 @@ def _facts(
         ("bits", bits),
         ("group_size", LowBit(w13, w13_scales).group_size),
         ("w2_group_size", LowBit(w2, w2_scales).group_size),
+        ("word_alignment", word_alignment(w13, w2)),
         *cuda_facts(x, LowBit(w13, w13_scales), LowBit(w2, w2_scales)),
     )
 
@@ -205,6 +234,7 @@ _expert_mlp_low_bit = define(
     cells={
         "reference": expert_mlp_low_bit_reference,
         "cpu": Cell(_expert_mlp_low_bit_cpu, refuses=cpu_refuses),
+        "triton": Cell(_expert_mlp_low_bit_triton, refuses=triton_refuses),
         "cuda": Cell(
             _expert_mlp_low_bit_cuda,
             dtypes=(torch.bfloat16, torch.float16),

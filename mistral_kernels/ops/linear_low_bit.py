@@ -27,6 +27,8 @@ from mistral_kernels.ops.low_bit import (
     cuda_facts,
     cuda_refuses,
     launch_fields,
+    triton_refuses,
+    word_alignment,
 )
 
 BLOCK_BYTES = 8 << 20  # of dequantised rows at a time: they stay in the caches until multiplied
@@ -80,6 +82,23 @@ def _cuda_refuses(facts: dict[str, int]) -> str | None:
     return cuda_refuses("rows", facts)
 
 
+def _linear_low_bit_triton(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int | None,
+    perm: Tensor | None,
+) -> Tensor:
+    from mistral_kernels.kernels import linear_low_bit as kernel
+
+    out = x.new_empty((*x.shape[:-1], qweight.shape[0]))
+    rows = x if x.dim() == 2 else x.flatten(0, -2)
+    kernel.linear_low_bit(rows, qweight, scales, zeros, perm, out)
+    return out
+
+
 def _facts(
     x: Tensor,
     qweight: Tensor,
@@ -93,6 +112,7 @@ def _facts(
         ("rows", x.numel() // max(1, x.shape[-1])),
         ("bits", bits),
         ("group_size", LowBit(qweight, scales).group_size),
+        ("word_alignment", word_alignment(qweight)),
         *cuda_facts(x, LowBit(qweight, scales)),
     )
 
@@ -180,6 +200,7 @@ _linear_low_bit = define(
     cells={
         "reference": linear_low_bit_reference,
         "cpu": Cell(_linear_low_bit_cpu),
+        "triton": Cell(_linear_low_bit_triton, refuses=triton_refuses),
         "cuda": Cell(
             _linear_low_bit_cuda,
             dtypes=(torch.bfloat16, torch.float16),

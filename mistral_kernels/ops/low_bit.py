@@ -183,6 +183,19 @@ def quantise(
     return round_to_codes(weight.float(), scales, zeros, kind)
 
 
+def word_alignment(*qweights: Tensor) -> int:
+    """Bytes, up to a word's four, on whose multiples all rows of codes begin."""
+    return math.gcd(4, *(n for q in qweights for n in (q.data_ptr(), q.shape[-1])))
+
+
+def triton_refuses(facts: dict[str, int]) -> str | None:
+    """Why the Triton kernels, which read words, cannot serve a call."""
+    alignment = facts.get("word_alignment", 4)
+    return (
+        None if alignment == 4 else f"it takes rows of codes on 4-byte boundaries, got {alignment}"
+    )
+
+
 def check_bits(check: Arguments, bits: int) -> None:
     check.integer("bits", bits, 1)
     if bits not in BITS.values():
