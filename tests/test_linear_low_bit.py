@@ -92,6 +92,14 @@ def test_the_layout_dequantises_as_written():
             assert_same(part.dequantise(torch.float64), exact_weight(part), "float64")
 
 
+def test_without_columns_products_are_0(dtype, backend, device):
+    x, empty = torch.ones(3, 0, dtype=dtype, device=device), torch.ones(5, 0, device=device)
+    for codes, bits in ((INT4, 4), (INT8, 8), (FP8, 8)):
+        call = {"bits": bits, "group_size": 32, "backend": backend}
+        out = ops.linear_low_bit(x, empty.to(codes), empty, **call)
+        assert_same(out, torch.zeros(3, 5, dtype=dtype), str(codes))
+
+
 def test_packing_is_undone():
     codes = torch.randint(0, 16, (3, 5, 40), dtype=torch.uint8)
     assert_same(unpack(pack(codes)), codes, "codes")

@@ -4,11 +4,11 @@
 // one row a core with AVX-512 has to issue, on its two vector ports and for each 64 bytes,
 //     4 bits (128 weights): 8 look-ups, 7 shifts, 8 FMAs and 1 for the scales, 12 cycles;
 //     int8 (64 weights): 4 widenings, 4 conversions and 4 FMAs, 6 cycles;
-//     fp8 (64 weights): 4 widenings, 4 shifts, 4 masks and 4 FMAs, 8 cycles.
-// At 2.5 GHz that is 13, 27 and 20 GB/s where a core reads 12: memory is the limit of 8 bits and
-// just about that of 4 bits, so one row was to take 1/2 and 1/4 of the time of bf16. Measured, one
+//     fp8 (64 weights): 4 widenings, shifts, masks and FMAs, 4 conversions of two each, 12 cycles.
+// At 2.5 GHz that is 13, 27 and 13 GB/s where a core reads 12: memory is the limit of int8 and just
+// about that of the others, so one row was to take 1/2 and 1/4 of the time of bf16. Measured, one
 // thread of a Xeon (Cascade Lake) that others used too, weight (7168, 1024), 2026-11-22: bf16 reads
-// 11.7 GB/s; int8 takes 1 / 1.8 of its time, fp8 1 / 1.7, int4 of whole rows 1 / 2.9, g128 1 / 2.3,
+// 11.7 GB/s; int8 takes 1 / 1.8 of its time, fp8 1 / 1.4, int4 of whole rows 1 / 2.9, g128 1 / 2.3,
 // g32 1 / 2.25. From the caches 4 bits come at 9 GB/s by whole rows and 7 by groups of 32 or 128:
 // turning to the next scales costs 8 rows of a vector some 30 of 92 cycles.
 #include "cpu/low_bit_dot.h"

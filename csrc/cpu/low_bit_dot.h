@@ -29,7 +29,6 @@ struct LowBitFormat {
   using Element = T;
   static constexpr bool kZeros = kWithZeros;
   static constexpr float kUnit = 1;  // the scale of a group is so many times that of its values
-  static constexpr float kUnitX = 1;
 
   static Floats add(Floats sum, Floats weight, Floats x) { return sum + weight * x; }
 };
@@ -96,11 +95,8 @@ struct Int8Codes : LowBitFormat<int8_t, kZeros> {
   static Floats part(Ints codes, int) { return __builtin_convertvector(codes, Floats); }
 };
 
-// The bits of a code become those of a float that is too small by 2^(127 - 7), subnormal codes
-// included. x and the scales make up for it, each by half: no bit is lost while |x| lies between
-// 2^-57 and 2^67, and no scale overflows below 2^67.
-struct Float8Codes : LowBitFormat<int8_t, false> {
-  using Vector = Ints;
+struct Float8Codes : LowBitFormat<Float8, false> {
+  using Vector = Floats;
   static constexpr int kCodes = 1;
   static constexpr int kParts = 1;
   static constexpr int kVectors = 1;
@@ -108,16 +104,12 @@ struct Float8Codes : LowBitFormat<int8_t, false> {
   static constexpr int kLine = 64;
   static constexpr int kZero = 0;
   using Zero = int8_t;
-  static constexpr float kUnit = 0x1p60f;
-  static constexpr float kUnitX = 0x1p60f;
+  static constexpr float kUnit = 256;
 
-  static Ints read(const int8_t* from, int64_t count) {
-    return load_some(from, count, [](const int8_t* all) { return load_ints(all); });
+  static Floats read(const Float8* from, int64_t count) {
+    return load_some(from, count, [](const Float8* all) { return load_256th(all); });
   }
-  static Floats part(Ints codes, int) {
-    const Words sign_and_magnitude = reinterpret_cast<Words>(codes << 20) & 0x87f00000u;
-    return floats_of(sign_and_magnitude);
-  }
+  static Floats part(Floats codes, int) { return codes; }
 };
 
 // Calls run(Format{}) with that of weights which have such codes, and of which some have zeros.
@@ -164,7 +156,7 @@ inline void pack_in_code_order(int rows, int64_t in, const int32_t* perm, Row&& 
       store(vector(place), Floats{});  // behind the last column
     }
     const auto put = [&](int64_t column, int64_t of_x) {
-      *vector(place_of<Format>(column)) = to_float(from[of_x]) * Format::kUnitX;
+      *vector(place_of<Format>(column)) = to_float(from[of_x]);
     };
     if (perm == nullptr) {
       for (int64_t column = 0; column < in; ++column) put(column, column);

@@ -95,12 +95,38 @@ inline Floats load(const Int8* from) {
   return __builtin_convertvector(load_ints(&from->bits), Floats);
 }
 
+// A 256th of finite e4m3 codes. No float on the way is subnormal: an instruction that meets one
+// takes a hundred cycles more, and with one subnormal code in 80 a product took 30 times as long.
+inline Floats load_256th(const Float8* from) {
+  const auto* codes = reinterpret_cast<const int8_t*>(from);
+#if defined(__AVX2__)
+  // In the fields of an fp16, whose exponents are biased by 8 more; sign-extended, the sign is
+  // shifted to its place too.
+  constexpr auto kFields = static_cast<int16_t>(0xbf80);
+#endif
+#if defined(__AVX512F__)
+  const __m256i halves = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)codes));
+  const __m256i fields = _mm256_and_si256(_mm256_slli_epi16(halves, 7), _mm256_set1_epi16(kFields));
+  return (Floats)_mm512_maskz_cvtph_ps(-1, fields);
+#elif defined(__AVX2__)
+  const __m128i halves = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)codes));
+  const __m128i fields = _mm_and_si128(_mm_slli_epi16(halves, 7), _mm_set1_epi16(kFields));
+  return (Floats)_mm256_cvtph_ps(fields);
+#else
+  const Words bits = reinterpret_cast<Words>(load_ints(codes));
+  const Words magnitude = (bits << 20) & 0x07f00000u;
+  const Floats normal = floats_of(magnitude + (112u << 23));
+  // Its fraction has no leading one, and the exponent of the smallest normal number.
+  const Floats subnormal = floats_of(magnitude + (113u << 23)) - 0x1p-14f;
+  const Floats value = magnitude < 0x00800000u ? subnormal : normal;
+  return floats_of(words_of(value) | (bits & 0x80000000u));
+#endif
+}
+
 inline Floats load(const Float8* from) {
   const Words bytes = load_words(&from->bits);
-  // As for Float16 in convert.h: exponent and fraction are too small by 2^(127 - 7).
-  const Words magnitude = words_of(floats_of((bytes & 0x7fu) << 20) * 0x1p120f);
   const Words nan = (bytes & 0x7fu) == 0x7fu ? Words{} + 0x7fc00000u : Words{};
-  return floats_of(magnitude | nan | (bytes & 0x80u) << 24);
+  return floats_of(words_of(load_256th(from) * 256.0f) | nan);
 }
 
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }

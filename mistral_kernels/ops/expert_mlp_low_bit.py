@@ -17,6 +17,7 @@ from mistral_kernels.ops.dispatch import (
     KERNEL_DTYPES,
     Cell,
     Facts,
+    address,
     cpu_queue,
     cuda_queue,
     define,
@@ -67,7 +68,7 @@ def expert_mlp_low_bit_reference(
 def _launch(
     launch, x: Tensor, up: LowBit, down: LowBit, weights, expert_ids, out, inner, *queue
 ) -> None:
-    """Calls the CUDA launcher: raw pointers, sizes, strides, and where to run it."""
+    """Calls the C++ launcher: raw pointers, sizes, strides, and where to run it."""
     launch(
         x.data_ptr(),
         launch_fields(up),
@@ -83,7 +84,7 @@ def _launch(
         weights.stride(0),
         expert_ids.stride(0),
         KERNEL_DTYPES.index(x.dtype),
-        inner.data_ptr(),
+        address(inner),
         *queue,
     )
 
@@ -203,24 +204,8 @@ def _expert_mlp_low_bit_cpu(
             call = len(w13), ffn_dim, weights[rows], expert_ids[rows], project
             out[rows] = sorted_by_expert(x[rows].to(dtype), *call).to(x.dtype)
         return out
-    native_extension().expert_mlp_low_bit_cpu(
-        x.data_ptr(),
-        launch_fields(up),
-        launch_fields(down),
-        weights.data_ptr(),
-        expert_ids.data_ptr(),
-        out.data_ptr(),
-        *x.shape,
-        ffn_dim,
-        len(w13),
-        weights.shape[1],
-        x.stride(0),
-        weights.stride(0),
-        expert_ids.stride(0),
-        KERNEL_DTYPES.index(x.dtype),
-        0,  # no workspace
-        *cpu_queue(),
-    )
+    launch = native_extension().expert_mlp_low_bit_cpu
+    _launch(launch, x, up, down, weights, expert_ids, out, None, *cpu_queue())
     return out
 
 

@@ -49,7 +49,7 @@ def linear_low_bit_reference(
 
 
 def _launch(launch, x: Tensor, weight: LowBit, out: Tensor, *queue) -> None:
-    """Calls the CUDA launcher: raw pointers, sizes, strides, and where to run it."""
+    """Calls the C++ launcher: raw pointers, sizes, strides, and where to run it."""
     launch(
         x.data_ptr(),
         launch_fields(weight),
@@ -178,16 +178,7 @@ def _linear_low_bit_cpu(
         multiply_dequantised(rows.to(dtype), weight, out)
         return out.to(x.dtype).view(*x.shape[:-1], len(qweight))
     out = x.new_empty((*x.shape[:-1], len(qweight)))
-    native_extension().linear_low_bit_cpu(
-        rows.data_ptr(),
-        launch_fields(weight),
-        out.data_ptr(),
-        *rows.shape,
-        len(qweight),
-        rows.stride(0),
-        KERNEL_DTYPES.index(x.dtype),
-        *cpu_queue(),
-    )
+    _launch(native_extension().linear_low_bit_cpu, rows, weight, out, *cpu_queue())
     return out
 
 

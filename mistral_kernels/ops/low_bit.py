@@ -84,7 +84,7 @@ class LowBit(NamedTuple):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         codes = unpack(self.qweight) if self.qweight.dtype == INT4 else self.qweight
         # One group of a row is a row of this.
-        codes = codes.to(wide).unflatten(-1, (self.scales.shape[-1], -1))
+        codes = codes.to(wide).unflatten(-1, (self.scales.shape[-1], self.group_size))
         zeros = ZERO[self.qweight.dtype] if self.zeros is None else self.zeros[..., None].to(wide)
         weight = ((codes - zeros) * self.scales[..., None].to(wide)).flatten(-2).to(dtype)
         if self.perm is None:
