@@ -91,6 +91,17 @@ def test_it_makes_up_for_what_became_of_the_inputs():
     )
 
 
+def test_the_fit_is_the_least_squares_one(monkeypatch):
+    monkeypatch.setattr("mistral_kernels.model.error_compensation.STILL_ROWS", 0)
+    before, inputs, weight = correlated(500, 16), correlated(500, 16, seed=1), torch.randn(8, 16)
+    inputs, lost = before + 0.1 * inputs, torch.randn(500, 8)
+    halves = [tuple(x[:200] for x in (inputs, before, lost))]
+    halves += [tuple(x[200:] for x in (inputs, before, lost))]
+    wanted = before.double() @ weight.double().T + lost.double()
+    expected = torch.linalg.lstsq(inputs.double(), wanted).solution.T
+    assert torch.allclose(Inputs(lambda: halves).fit(weight).double(), expected, atol=1e-3)
+
+
 @pytest.mark.parametrize("rows", [0, 3])
 def test_where_few_inputs_came_it_rounds_to_nearest(rows):
     """Few give a matrix without an inverse; none at all leave every value free."""

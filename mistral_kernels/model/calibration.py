@@ -121,18 +121,25 @@ class TextActivations:
 
     def _add(self, inputs: Pair, name: str, matrices: Matrices) -> None:
         """Adds what a matrix makes of its inputs to the residual stream."""
-        weights = _joined([name], matrices, inputs)
+        weights = _joined([name], matrices, inputs, self._lost())
         for chunks, part, weight in zip(self.chunks, inputs, weights, strict=True):
             for x, h in zip(chunks, part, strict=True):
                 x.addmm_(h, weight.T)
 
+    def _lost(self) -> list[Tensor]:
+        """What the residual stream has lost so far."""
+        return [full - x for x, full in zip(*self.chunks, strict=True)]
+
     def _pass_experts(self, normed: Pair, gate: Tensor, matrices: Matrices) -> None:
         routed = _both(lambda x: ops.route_experts(x @ gate.T, self.config.top_k), normed)
+        lost = self._lost()
         for expert in range(self.config.experts):
             shares = _both(lambda r, e=expert: (r[0] * (r[1] == e)).sum(1, keepdim=True), routed)
-            self._pass_expert(f"block_sparse_moe.experts.{expert}.", normed, shares, matrices)
+            self._pass_expert(f"block_sparse_moe.experts.{expert}.", normed, shares, lost, matrices)
 
-    def _pass_expert(self, name: str, normed: Pair, shares: Pair, matrices: Matrices) -> None:
+    def _pass_expert(
+        self, name: str, normed: Pair, shares: Pair, lost: list[Tensor], matrices: Matrices
+    ) -> None:
         """One expert; `shares` are (T, 1), the weights that the router gives it."""
         rows = _both(lambda share: share.squeeze(1).nonzero().squeeze(1), shares)
 
@@ -152,7 +159,9 @@ class TextActivations:
             [ops.silu_mul(x @ weight.T) * share for share, x in weigh(part)]
             for part, weight in zip(given, up, strict=True)
         )
-        down, full = _joined([f"{name}w2.weight"], matrices, inner)
+        # A token's experts make up for what it has lost by their shares, which sum to 1.
+        owed = [x[row] * share for share, x, row in weigh(lost, rows[0])]
+        down, full = _joined([f"{name}w2.weight"], matrices, inner, owed)
         for x, row, h in zip(self.chunks[0], rows[0], inner[0], strict=True):
             x[row] += h @ down.T
         for x, row, h, share in zip(self.chunks[1], rows[1], chosen(1, 1), before, strict=True):
@@ -163,9 +172,11 @@ def _both(function: Callable[[Any], Any], pair: tuple[list[Any], list[Any]]) -> 
     return [function(x) for x in pair[0]], [function(x) for x in pair[1]]
 
 
-def _joined(names: list[str], matrices: Matrices, inputs: Pair) -> tuple[Tensor, Tensor]:
+def _joined(
+    names: list[str], matrices: Matrices, inputs: Pair, *lost: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     """Matrices that share their inputs, one below the other: quantised, and as they were."""
-    given = Inputs(lambda: zip(*inputs, strict=True))
+    given = Inputs(lambda: zip(*inputs, *lost, strict=True))
     quantised = [matrices.quantise(name, given) for name in names]
     return torch.cat(quantised), torch.cat([matrices.full(name) for name in names])
 

@@ -3,12 +3,13 @@
 X are the inputs that a weight W had in the model as it was, Y those that it has behind all that is
 rounded already, H = Y^T Y. First the weight makes up for what has become of its inputs:
 
-    W' = W + W (X - Y)^T Y (H + damping)^-1,
+    W' = W + (W (X - Y)^T + E^T) Y (H + damping)^-1,
 
-the least squares fit of W' Y^T to W X^T, held back where there are few texts, so that the fit is to
-their language rather than to them. Then it is rounded column by column. If column j is off by e,
-the best that the later columns can do about it is to change by -e U[j, later] / U[j, j], where
-H^-1 = U^T U and U is upper triangular.
+the least squares fit of Y W'^T to X W^T + E, where E is what the residual stream, to which the
+output is added, has lost before. The fit is held back where there are few texts, so that it is to
+their language rather than to them. Then the weight is rounded column by column. If column j is off
+by e, the best that the later columns can do about it is to change by -e U[j, later] / U[j, j],
+where H^-1 = U^T U and U is upper triangular.
 
 Columns with large inputs go first, while many others are left to make up for them; their groups are
 those of the weight's own order, so that the result needs no permutation. Where there were few
@@ -37,38 +38,36 @@ class Inputs:
     """The inputs of some weights, and what is computed of them when it is first asked for.
 
     Args:
-        chunks: gives pairs of the inputs as they are and as they were, (rows, in) float32 each.
+        chunks: gives the inputs as they are and as they were, (rows, in) float32 each, and what
+            the outputs should have besides, (rows, out), where that is not nothing.
     """
 
-    def __init__(self, chunks: Callable[[], Iterable[tuple[Tensor, Tensor]]]):
+    def __init__(self, chunks: Callable[[], Iterable[tuple[Tensor, ...]]]):
         self._chunks = chunks
 
     @cached_property
-    def _sums(self) -> tuple[Tensor, Tensor, int]:
-        """Y^T Y and (X - Y)^T Y, (in, in), added chunk by chunk in their order; the rows."""
-        gram = drift = None
-        rows = 0
-        for inputs, before in self._chunks():
-            if gram is None:
-                gram = inputs.new_zeros(inputs.shape[1], inputs.shape[1])
-                drift = torch.zeros_like(gram)
-            gram.addmm_(inputs.T, inputs)
-            drift.addmm_((before - inputs).T, inputs)
+    def _sums(self) -> tuple[int, Tensor, Tensor, Tensor | float]:
+        """The rows, and added chunk by chunk in their order Y^T Y, (X - Y)^T Y, E^T Y."""
+        rows, gram, drift, owed = 0, 0.0, 0.0, 0.0
+        for inputs, before, *missing in self._chunks():
             rows += len(inputs)
-        return gram, drift, rows
+            gram = gram + inputs.T @ inputs
+            drift = drift + (before - inputs).T @ inputs
+            owed = owed + missing[0].T @ inputs if missing else owed
+        return rows, gram, drift, owed
 
     def damped(self, damping: float) -> Tensor:
         """H with so much of the mean of its diagonal added to that, (in, in)."""
-        gram = self._sums[0].clone()
+        gram = self._sums[1].clone()
         # Without any input the weights are free: they are rounded to nearest.
         gram.diagonal().add_(damping * (gram.diagonal().mean().item() or 1.0))
         return gram
 
-    @cached_property
-    def shift(self) -> Tensor:
-        """W' = W + W shift, (in, in)."""
-        _, drift, rows = self._sums
-        return torch.linalg.solve(self.damped(STILL_ROWS / max(rows, 1)), drift, left=False)
+    def fit(self, weight: Tensor) -> Tensor:
+        """W' for a weight W, (out, in)."""
+        rows, _, drift, owed = self._sums
+        damped = self.damped(STILL_ROWS / max(rows, 1))
+        return weight + torch.linalg.solve(damped, weight @ drift + owed, left=False)
 
     @cached_property
     def importance(self) -> Tensor:
@@ -116,7 +115,7 @@ def quantise_compensated(
     Returns:
         The weight in the layout, without zeros and perm.
     """
-    weight = weight + weight @ inputs.shift
+    weight = inputs.fit(weight)
     scales = search_scales(weight, kind, group_size, dtype, inputs.importance)
     values = compensate(weight, scales, kind, inputs.order, inputs.factor)
     return round_to_codes(values, scales, None, kind)
