@@ -205,7 +205,7 @@ KINDS = {
     ),
     "fp8-tensor": Kind(
         compressed("float-quantized", strategy="tensor", **FLOATS),
-        floats("weight_scale", 0, "input_scale"),
+        floats("weight_scale", 0, "input_scale", "kv_scale"),
         *(8, None, True, torch.float32, True),
         rows=0,
     ),

@@ -37,6 +37,7 @@ Parts = dict[str, Tensor]  # role -> tensor
 Shapes = dict[str, tuple[int, ...]]
 FLOATS = ("F32", "BF16", "F16")
 WORD_BITS = 32
+NIBBLES = 0x0F0F0F0F  # every second one
 
 
 class Role(NamedTuple):
@@ -121,13 +122,18 @@ def _awq_shapes(quantisation: Quantisation, rows: int, columns: int) -> Shapes:
 
 
 def _read_awq(quantisation: Quantisation, parts: Parts, rows: slice) -> LowBit:
-    def in_order(packed: Tensor) -> Tensor:
-        dealt = _codes(packed[:, _word_slice(rows, 4)], 4)
-        # Two halves of four, the even ones and the odd ones.
-        return dealt.unflatten(1, (-1, 2, 4)).mT.flatten(1)[:, : rows.stop - rows.start].T
-
-    codes = pack(in_order(parts["codes"]))
-    return LowBit(codes, parts["scales"][:, rows].T, in_order(parts["zeros"]))
+    taken = _word_slice(rows, 4)
+    packed = parts["codes"][:, taken].T  # (rows / 8, columns)
+    # A byte of the layout holds two neighbours of a row, that is one nibble of two words. Four such
+    # bytes at a time, from every second nibble: the lower ones, then the higher ones.
+    even, odd = packed[:, 0::2].contiguous(), packed[:, 1::2].contiguous()
+    low, high = (even & NIBBLES) | (odd & NIBBLES) << 4, (even >> 4 & NIBBLES) | (odd & ~NIBBLES)
+    octets = _octets(torch.stack((low, high), 2)).unflatten(2, (2, 2, 2))
+    # Nibble 4 i + 2 j + k of a word is that of row 4 j + 2 k + i of eight.
+    codes = octets.permute(0, 4, 2, 3, 1).flatten(0, 3)
+    dealt = _codes(parts["zeros"][:, taken], 4)  # the even ones of eight, then the odd ones
+    zeros = dealt.unflatten(1, (-1, 2, 4)).mT.flatten(1).T
+    return LowBit(codes, parts["scales"][:, rows].T, zeros)
 
 
 def _gptq_shapes(quantisation: Quantisation, rows: int, columns: int) -> Shapes:

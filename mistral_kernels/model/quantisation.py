@@ -130,7 +130,8 @@ def _fp8(section: JsonFields) -> Quantisation:
 
 
 def _compressed_tensors(section: JsonFields) -> Quantisation:
-    section.choice("quantization_status", ("compressed",), "compressed")
+    # Early exports say frozen though what they hold is compressed; the headers tell.
+    section.choice("quantization_status", ("compressed", "frozen"), "compressed")
     sparsity = section.section("sparsity_config")
     if sparsity and sparsity.get("format", "dense") != "dense":
         raise sparsity.error("format", "dense: sparse weights are not supported")

@@ -97,9 +97,9 @@ class StoredLowBit(NamedTuple):
             return piece
         perm = self.perm.to(piece.qweight.device)
         if self.form.codes == INT4:
-            codes = pack(unpack(piece.qweight)[:, perm])
+            codes = pack(unpack(piece.qweight).index_select(1, perm))
         else:
-            codes = piece.qweight[:, perm]
+            codes = piece.qweight.index_select(1, perm)
         return piece._replace(qweight=codes, perm=perm)
 
 

@@ -59,7 +59,7 @@ UNUSED = re.compile(
 
 # Scales of what is not quantised here: activations, and keys and values of the cache.
 UNUSED_SCALES = re.compile(
-    r".+\.(qscale_act|activation_scale|(input|output)_(scale|zero_point)|[kv]_(scale|zero_point))"
+    r".+\.(qscale_act|activation_scale|(input|output)_(scale|zero_point)|(k|v|kv)_(scale|zero_point))"
 )
 
 
