@@ -155,6 +155,16 @@ def test_what_is_refused(tmp_path):
         quantise_folder(TINY_MIXTRAL, target, format="int8", calibration=[])
 
 
+def test_weights_that_are_not_finite(tmp_path):
+    """What came of them would be refused when it is loaded."""
+    tensors = checkpoints.native_tensors(DENSE)
+    tensors["layers.1.feed_forward.w3.weight"][5, 7] = torch.nan
+    checkpoints.write_native(tmp_path / "full", DENSE, tensors)
+    key = "model.layers.1.mlp.up_proj.weight: holds values that are not finite"
+    with pytest.raises(ValueError, match=f"{tmp_path / 'full'}: {key}"):
+        quantise_folder(tmp_path / "full", tmp_path / "q", format="int8")
+
+
 def test_overwriting_and_a_bar(tmp_path):
     quantize(TINY_MIXTRAL, tmp_path / "q", "int8")
     # An attempt that was killed before it could remove what it had replaced.

@@ -125,7 +125,7 @@ def quantise_folder(
 
     Raises:
         ValueError: an argument is out of range; the group size does not divide a matrix, which is
-            named; the weights have few bits already; texts hold no token.
+            named; the weights have few bits already, or are not finite; texts hold no token.
         OSError: the source is incomplete or has no tokenizer for the texts; the folder is not
             empty or cannot be written, or the disk is full. Files that are done stay for the next
             call.
@@ -289,6 +289,8 @@ def _shard(
 
     def quantise(name: str, inputs: Inputs | None = None) -> Tensor:
         key, weight = _key(layer, name), full(name)
+        if not weight.isfinite().all():
+            raise ValueError(f"{work.checkpoint.folder}: {key}: holds values that are not finite")
         if stored:
             codes, scales, *_ = stored_weight(key, stored)
             low_bit = LowBit(codes.to(work.device), scales.to(work.device))
