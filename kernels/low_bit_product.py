@@ -46,12 +46,15 @@ def low_bit_products(
     offs_k, offs_w = tl.arange(0, BLOCK_K), tl.arange(0, WORDS)
     offs_g = begin + tl.arange(0, GROUPS) * SPAN  # the first column of each group
     word_tile = word_rows[None, :] + begin // CODES + offs_w[:, None]
+    # An e4m3 in the bits of an fp16, whose exponents are biased by 8 more, is worth 1/256. Scales
+    # make up for it before a weight is rounded: a 256th of it would be subnormal in fp16.
+    unit: tl.constexpr = 256.0 if FORMAT == "fp8" else 1.0
     weight_row *= in_dim // group_size
     zero = tl.full([GROUPS, BLOCK_N], 8.0 if FORMAT == "int4" else 0.0, tl.float32)
     if zeros_ptr is not None:
         zero = load_groups(zeros_ptr, weight_row, offs_g, group_size, end)
     if SPAN > 0:
-        scale = load_groups(scales_ptr, weight_row, offs_g, group_size, end)
+        scale = load_groups(scales_ptr, weight_row, offs_g, group_size, end) * unit
     else:
         scale = tl.full([GROUPS, BLOCK_N], 1.0, tl.float32)
 
@@ -73,7 +76,7 @@ def low_bit_products(
         if SPAN > 0:
             # A step ahead: Triton's pipeline has no place for elements of two bytes.
             offs_g += BLOCK_K
-            scale = load_groups(scales_ptr, weight_row, offs_g, group_size, end)
+            scale = load_groups(scales_ptr, weight_row, offs_g, group_size, end) * unit
             if zeros_ptr is not None:
                 zero = load_groups(zeros_ptr, weight_row, offs_g, group_size, end)
         columns = columns_of_words(x, CODES, BLOCK_M, WORDS)
@@ -82,9 +85,8 @@ def low_bit_products(
             total = tl.dot(columns[i], weight.to(x.dtype), total, input_precision="ieee")
         word_tile += WORDS
     if SPAN == 0:
-        total *= tl.load(scales_ptr + weight_row).to(tl.float32)[None, :]
-    # An e4m3 in the bits of an fp16, whose exponents are biased by 8 more, is worth 1/256.
-    return total * 256.0 if FORMAT == "fp8" else total
+        total *= tl.load(scales_ptr + weight_row).to(tl.float32)[None, :] * unit
+    return total
 
 
 @triton.jit
@@ -121,7 +123,7 @@ def unpacked(
     BLOCK_N: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """(WORDS, BLOCK_N) fp32: (code NUMBER of each word - zero) * scale; for fp8 a 256th of that."""
+    """(WORDS, BLOCK_N) fp32: (code NUMBER of each word - zero) * scale, fp8 codes as 256ths."""
     if FORMAT == "fp8":
         # Bytes 0 and 2, or 1 and 3: each half of the word becomes an fp16.
         pair = words if NUMBER % 2 == 0 else words >> 8

@@ -84,6 +84,16 @@ def test_linear_low_bit(shape, out_dim, name, dtype, backend, device):
     assert_same(ops.linear_low_bit(x, weight.qweight, weight.scales, **call), out, "again")
 
 
+@pytest.mark.parametrize("name", ["int4-g32-act-order", "int8-row", "fp8-row", "fp8-g128"])
+def test_weights_are_those_of_the_layout(name, dtype, backend, device):
+    # x is rows of the unit matrix, and so out is columns of the weight, rounded once.
+    weight = low_bit_cases.low_bit((24, 256), KINDS[name], device)
+    x = torch.eye(256, dtype=dtype, device=device)[5::37]
+    call = {"zeros": weight.zeros, "perm": weight.perm, **KINDS[name].how, "backend": backend}
+    out = ops.linear_low_bit(x, weight.qweight, weight.scales, **call)
+    assert_same(out + 0.0, weight.dequantise(dtype).mT[5::37] + 0.0, "columns")
+
+
 def test_the_layout_dequantises_as_written():
     for kind in KINDS.values():
         weight = low_bit_cases.low_bit((2, 6, 256), kind)
