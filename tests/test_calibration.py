@@ -67,10 +67,9 @@ def perplexity_of(folder: Path) -> float:
 
 
 def test_the_embedded_model_stays_as_good_as_it_was(tmp_path, monkeypatch):
-    """int8 within 0.5 % of the perplexity, fp8 within 1 %; texts save int4 half of what plain
-    rounding costs, and a good part of what it costs with searched scales."""
+    """int8 within 0.5 % of the perplexity, fp8 within 1 %; texts save int4 half of what rounding
+    costs, here 54 % (another instruction set rounds other weights up: some per cent are chance)."""
     texts = (DATA / "calibration.txt").read_text().splitlines()
-    texts += (DATA / "written.txt").read_text().splitlines()
     full, cost = perplexity_of(TINY_MIXTRAL), {}
     for name, options in (
         ("int8", {}),
@@ -88,8 +87,7 @@ def test_the_embedded_model_stays_as_good_as_it_was(tmp_path, monkeypatch):
         )
         cost[name] = perplexity_of(tmp_path / name) - full
     assert cost["int8"] < 0.005 and cost["fp8"] < 0.01, cost
-    assert cost["int4 texts"] < 0.5 * cost["int4 plain"], cost
-    assert cost["int4 texts"] < 0.65 * cost["int4"] < 0.6 * cost["int4 plain"], cost
+    assert cost["int4 texts"] < 0.52 * cost["int4"] < 0.45 * cost["int4 plain"], cost
 
 
 PEAK_MEMORY = """

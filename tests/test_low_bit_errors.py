@@ -145,6 +145,16 @@ def test_scales_that_are_not_finite(tmp_path: Path, value: float) -> None:
             Transformer.from_folder(tmp_path / "low", device="cpu", dequantise=dequantise)
 
 
+def test_codes_that_are_nan(tmp_path: Path) -> None:
+    low_bit_folders.write(tmp_path, DENSE, KINDS["fp8-rows"])
+    path = tmp_path / "low" / FILE
+    tensors = load_file(path)
+    tensors[OWNER + "weight"][1, 3] = torch.nan
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=f"{FILE}: {OWNER}weight: holds codes that are NaN"):
+        Transformer.from_folder(tmp_path / "low", device="cpu")
+
+
 @pytest.mark.parametrize(
     ("name", "section", "zeros"),
     [

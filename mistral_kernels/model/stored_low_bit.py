@@ -13,7 +13,7 @@ from mistral_kernels.model.low_bit_files import FORMATS, Parts, kind, scale_grid
 from mistral_kernels.model.low_bit_weight import LowBitForm
 from mistral_kernels.model.page_advice import Advice, advise
 from mistral_kernels.model.quantisation import Quantisation
-from mistral_kernels.ops.low_bit import INT4, WORD, ZERO, LowBit, pack, unpack
+from mistral_kernels.ops.low_bit import FP8, INT4, WORD, ZERO, LowBit, pack, unpack
 
 CHUNK = 1 << 21  # weights that are converted at a time; the rest of a matrix waits in its file
 
@@ -51,7 +51,7 @@ class StoredLowBit(NamedTuple):
             read: the tensors of the file that holds the codes.
 
         Raises:
-            ValueError: a scale is not finite, or zeros are not those of a symmetric format; the
+            ValueError: a code is NaN, a scale is not finite, or zeros are not those of a symmetric format; the
                 file and key are named.
         """
         low_bit = isinstance(target, LowBit)
@@ -86,6 +86,9 @@ class StoredLowBit(NamedTuple):
         """Some rows in the layout."""
         format = FORMATS[self.quantisation.storage]
         piece = format.read(self.quantisation, tensors, rows)
+        # Kernels take NaN for the number that would come after the largest.
+        if self.form.codes == FP8 and (piece.qweight.view(torch.uint8) & 0x7F == 0x7F).any():
+            raise ValueError(f"{self.path}: {self.key}: holds codes that are NaN")
         if piece.zeros is not None and not self.form.zeros:
             stored = self.parts["zeros"]
             if (piece.zeros != ZERO[self.form.codes]).any():

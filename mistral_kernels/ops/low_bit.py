@@ -270,7 +270,8 @@ def launch_fields(weight: LowBit) -> tuple[int, ...]:
 
 def cuda_facts(x: Tensor, *weights: LowBit) -> Facts:
     """What the CUDA kernels ask of memory: how aligned all rows are, and all groups of columns."""
-    steps = [step * x.element_size() for step in x.stride()[:-1]]
+    sizes = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    steps = [step * x.element_size() for size, step in sizes if size > 1]
     codes = [number for w in weights for number in (w.qweight.data_ptr(), w.qweight.shape[-1])]
     # A whole row begins and ends where it may.
     groups = [w.group_size for w in weights if w.group_size != w.shape[-1]]
