@@ -29,8 +29,9 @@ from torch import Tensor
 from mistral_kernels.model.scale_search import search_scales
 from mistral_kernels.ops.low_bit import LowBit, nearest_values, round_to_codes
 
-# Of the mean of H's diagonal, added to it: H of few tokens has no inverse. Of the embedded model the
-# divergence on texts that it wrote itself is 0.0305 nats with 0.1, 0.0316 with 0.01, 0.0303 with 0.2.
+# Of the mean of H's diagonal, added to it: H of few tokens has no inverse. The embedded model's
+# divergence on texts that it wrote itself is 0.0316 nats with 0.01, 0.0305 with 0.1, 0.0303 with
+# 0.2, calibrated with 512 others.
 DAMPING = 0.1
 STILL_ROWS = 4096  # the same for W', in rows: as if so many more inputs had come and not changed
 BLOCK = 128  # columns whose errors reach the later ones by one matrix product

@@ -51,8 +51,8 @@ class StoredLowBit(NamedTuple):
             read: the tensors of the file that holds the codes.
 
         Raises:
-            ValueError: a code is NaN, a scale is not finite, or zeros are not those of a symmetric format; the
-                file and key are named.
+            ValueError: a code is NaN, a scale is not finite, or zeros are not those of a symmetric
+                format; the file and key are named.
         """
         low_bit = isinstance(target, LowBit)
         device = (target.qweight if low_bit else target).device
