@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from low_bit_cases import KINDS, low_bit
 from routed import make_call
 from scene import make_scene, make_step, rope_tables
 from shapes import Chunk, Heads
+from test_expert_mlp_low_bit import make_call as make_low_bit_call
 from tolerance import assert_same
 from torch import Tensor
 
@@ -111,6 +113,20 @@ def experts(tokens: int) -> Callable[[int, str], dict]:
     return call
 
 
+def low_bit_product(state: int, device: str) -> dict:
+    kind = KINDS["int4-g128-zeros"]
+    weight = low_bit((72, 256), kind, device)._asdict()
+    return {"x": draw(5, 256, device=device), **weight, **kind.how}
+
+
+def low_bit_experts(state: int, device: str) -> dict:
+    sizes = (4, 128, 256, 8, 2)
+    arguments = make_low_bit_call(sizes, KINDS["int8-row"], DTYPE, device)
+    if state:
+        arguments["expert_ids"].fill_(3)
+    return arguments
+
+
 MANY = experts(100)
 CASES = [
     ("rms_norm", rows),
@@ -128,6 +144,8 @@ CASES = [
     ("expert_mlp", experts(1)),
     ("expert_mlp", experts(16)),
     ("expert_mlp", MANY),
+    ("linear_low_bit", low_bit_product),
+    ("expert_mlp_low_bit", low_bit_experts),
 ]
 ON_A_GPU = [
     pytest.param(op, make, backend, marks=pytest.mark.gpu)

@@ -106,12 +106,12 @@ FAULTS = [
     ),
     Planted(
         linear_low_bit,
-        Fault("scale of another group", {"next = column >= size": "next = column > size"}, ROWS),
-        lambda: linear_low_bit.test_groups_beside_steps(linear_low_bit.INT4, 384),
+        Fault("scale of another group", {"{(k + unit) / group": "{k / group"}, ROWS),
+        lambda: linear_low_bit.test_kinds(KINDS["int4-g32"], BF16),
     ),
     Planted(
         linear_low_bit,
-        Fault("zero of another group", {"unit * kUnitChunks, 4)": "0, 4)"}, ROWS),
+        Fault("zero of another group", {"own.zero[0], lane": "own.zero[0], 0"}, ROWS),
         lambda: linear_low_bit.test_kinds(KINDS["int4-g32-act-order"], BF16),
     ),
     Planted(

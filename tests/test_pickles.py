@@ -58,7 +58,7 @@ def test_code_is_refused_and_not_run(tmp_path: Path, place: str) -> None:
     ("change", "message"),
     [
         ({"norm.weight": torch.ones(25)}, r"norm.weight: expected shape \(24,\), got \(25,\)"),
-        ({"norm.weight": torch.ones(24).int()}, "norm.weight: dtype torch.int32 is not supported"),
+        ({"norm.weight": torch.ones(24).int()}, "norm.weight: dtype I32 is not supported"),
         ({"extra.weight": torch.ones(24)}, "extra.weight: not a tensor of this model"),
         ({"norm.weight": [1.0] * 24}, "norm.weight: expected a tensor, got list"),
         ({"norm.weight": torch.ones(24).to_sparse()}, "norm.weight: expected a tensor"),
