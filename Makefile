@@ -20,7 +20,8 @@ demo:
 	.venv/bin/mistral-kernels verify
 
 # Every worker has a torch pool of its own, and threads beyond the cores spin against each other.
-WORKERS = -n auto --maxprocesses 4 --dist loadfile
+# Files come in the order of tests/conftest.py, the longest first: none is left alone at the end.
+WORKERS = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test:
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(WORKERS)

@@ -11,6 +11,7 @@ skipped. What those cells return was filled with NaN before they ran.
 """
 
 import os
+from collections import Counter
 from itertools import product
 from typing import NamedTuple
 
@@ -31,6 +32,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KERNELS = ("triton", "cuda")  # backends that serve a GPU
 GPU = torch.cuda.is_available()
+
+# Files of few tests that take minutes: begun last, they would leave the other workers idle.
+LONGEST = {"test_emulated_sanitized", "test_codegen", "test_install", "test_calibration"}
 
 CORE = dispatch.native_extension()
 INSTRUCTION_SETS = [] if isinstance(CORE, ImportError) else CORE.instruction_sets()
@@ -100,6 +104,8 @@ def marks(target: Target) -> list[pytest.MarkDecorator]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = {i for i in items if all(map(i.get_closest_marker, ("interpreter", "not_interpreted")))}
     items[:] = [item for item in items if item not in slow]
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in LONGEST, -counts[item.path]))
     for item in () if GPU else items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
