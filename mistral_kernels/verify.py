@@ -191,13 +191,13 @@ def run_exact(model: Transformer, prompts: list[Tensor], replay: Sequence[Route]
     zeros = [0] * len(lengths)
     step = plan_step(lengths, zeros, starts=zeros, cached=False, device=model.device)
     ids = torch.cat(prompts).to(model.device)
-    x = nn.functional.embedding(ids, model.tok_embeddings).double()
-    outputs = []
+    x, added = nn.functional.embedding(ids, model.tok_embeddings).double(), None
+    outputs, norm = [], model.norm.double()
     with recorded(model, replay) as routes:
         for layer in model.layers:
-            x = copy.deepcopy(layer).double()(x, step, tables)
-            outputs.append(x)
-    normed = ops.rms_norm(x, model.norm.double(), model.config.norm_eps, backend="reference")
+            x, added = copy.deepcopy(layer).double()(x, added, step, tables)
+            outputs.append(x + added)
+    normed = ops.rms_norm(outputs[-1], norm, model.config.norm_eps, backend="reference")
     head = model.tok_embeddings if model.config.tied_embeddings else model.output
     return Run(ops.linear(normed, head.double(), backend="reference"), outputs, routes)
 
@@ -266,7 +266,9 @@ def _run(model: Transformer, prompts: list[Tensor], steps: Sequence[tuple], cach
     logits, outputs = [], [[] for _ in model.layers]
     with contextlib.ExitStack() as hooks, recorded(model) as calls:
         for layer, kept in zip(model.layers, outputs, strict=True):
-            hook = layer.register_forward_hook(lambda _, args, out, kept=kept: kept.append(out))
+            hook = layer.register_forward_hook(
+                lambda _, args, out, kept=kept: kept.append(sum(out))
+            )
             hooks.callback(hook.remove)
         for counts in steps:
             fed = torch.cat(

@@ -195,8 +195,8 @@ def test_a_wrong_weight_fails_in_its_layer(monkeypatch):
 
 @pytest.mark.parametrize("gap, found", [(1e-3, 1e-3), (math.nan, math.inf)])
 def test_a_wrong_head_fails_at_the_output(monkeypatch, gap, found):
-    logits = Transformer._logits
-    monkeypatch.setattr(Transformer, "_logits", lambda model, x: logits(model, x) + gap)
+    run = Transformer.run
+    monkeypatch.setattr(Transformer, "run", lambda *args, **how: run(*args, **how) + gap)
     row = rows_of(backend="reference")["reference"]
     assert (row.result, row.first_layer) == ("fail", "output")
     assert row.error.max == pytest.approx(found, rel=0.1)
@@ -225,8 +225,8 @@ def test_command_fails_with_status_1(break_decode):
 
 
 def test_json_report_is_strict_json(monkeypatch):
-    logits = Transformer._logits
-    monkeypatch.setattr(Transformer, "_logits", lambda model, x: logits(model, x) * math.nan)
+    run = Transformer.run
+    monkeypatch.setattr(Transformer, "run", lambda *args, **how: run(*args, **how) * math.nan)
     ended = run_cli("verify", "--device", "cpu", "--json", "--backend", "reference")
 
     def refuse(constant: str):

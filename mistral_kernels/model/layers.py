@@ -166,7 +166,7 @@ class FeedForward(nn.Module):
         self.w13 = projection(forms.get("w13"), 2 * config.ffn_dim, config.hidden, **place)
         self.w2 = projection(forms.get("w2"), config.hidden, config.ffn_dim, **place)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, step: Step) -> Tensor:
         gate_up = linear(self.kernels, x, self.w13)  # (T, 2F)
         return linear(self.kernels, self.kernels["silu_mul"](gate_up), self.w2)
 
@@ -182,9 +182,9 @@ class MixtureOfExperts(nn.Module):
         self.w13 = projection(forms.get("w13"), experts, 2 * ffn_dim, hidden, **place)
         self.w2 = projection(forms.get("w2"), experts, hidden, ffn_dim, **place)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, step: Step) -> Tensor:
         logits = linear(self.kernels, x, self.gate)  # (T, E)
-        weights, expert_ids = self.kernels["route_experts"](logits, self.top_k, None)
+        weights, expert_ids = self.kernels["route_experts"](logits, self.top_k, step.positions)
         if isinstance(self.w13, LowBitWeight):
             return self._low_bit(x, weights, expert_ids)
         return self.kernels["expert_mlp"](
@@ -226,10 +226,28 @@ class Block(nn.Module):
         self.feed_forward = feed_forward(config, kernels, forms, **place)
 
     def forward(
-        self, x: Tensor, step: Step, tables: RopeTables, layer_cache: LayerCache | None = None
-    ) -> Tensor:
-        """x (T, H) -> (T, H)."""
-        normed = self.kernels["rms_norm"](x, self.attention_norm, self.eps)
+        self,
+        x: Tensor,
+        added: Tensor | None,
+        step: Step,
+        tables: RopeTables,
+        layer_cache: LayerCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Takes and returns x + added (T, H) as its two summands.
+
+        The norm behind a sum does it in its own launch, here and at the end of the model; `added`
+        is None in front of the first layer.
+        """
+        normed, x = residual_norm(self.kernels, x, added, self.attention_norm, self.eps)
         attended = self.attention(normed, step, tables, layer_cache)
-        normed, x = self.kernels["add_rms_norm"](attended, x, self.ffn_norm, self.eps)
-        return x + self.feed_forward(normed)
+        normed, x = residual_norm(self.kernels, x, attended, self.ffn_norm, self.eps)
+        return x, self.feed_forward(normed, step)
+
+
+def residual_norm(
+    kernels: Kernels, x: Tensor, added: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The norm of x + added, and that sum; `added` None: of x."""
+    if added is None:
+        return kernels["rms_norm"](x, weight, eps), x
+    return kernels["add_rms_norm"](added, x, weight, eps)

@@ -46,9 +46,11 @@ class PrefillRows(NamedTuple):
 
 
 class Step(NamedTuple):
-    last_rows: Tensor  # (batch,), the last packed row of each sequence; -1 if it feeds none
+    last_rows: Tensor | slice  # (batch,), the last packed row of each sequence, -1 if it feeds none
     decode: DecodeRows | None
     prefill: PrefillRows | None
+    # (T,), of a step with idle rows, whose positions are < 0: they are sent to no expert
+    positions: Tensor | None = None
 
 
 def plan_step(
@@ -95,7 +97,8 @@ def plan_step(
     if groups["prefill"]:
         ragged = (on_device["prefill.cu_seqlens"], on_device["prefill.context_lens"])
         prefill = PrefillRows(**select("prefill"), cu_seqlens=ragged[0], context_lens=ragged[1])
-    return Step(on_device["last_rows"], decode, prefill)
+    one_each = all(n == 1 for n in seqlens)
+    return Step(ALL if one_each else on_device["last_rows"], decode, prefill)
 
 
 def _one_copy(fields: dict[str, list[int]], device: torch.device) -> dict[str, Tensor]:

@@ -14,16 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from mistral_kernels.model.backends import choose_backends, decode_backend
-from mistral_kernels.model.cache import KVCache
+from mistral_kernels.model.cache import KVCache, LayerCache
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.forward_checks import check_inputs
 from mistral_kernels.model.hub import resolve_folder
-from mistral_kernels.model.layers import BATCH_INVARIANT, Block, Kernels, parameter
+from mistral_kernels.model.layers import (
+    BATCH_INVARIANT,
+    Block,
+    Kernels,
+    parameter,
+    residual_norm,
+)
 from mistral_kernels.model.layouts import Layout
 from mistral_kernels.model.low_bit_weight import LowBitForm, layer_forms
 from mistral_kernels.model.rope_tables import RopeTables, rope_tables
 from mistral_kernels.model.savable_module import SavableModule
-from mistral_kernels.model.step import plan_step
+from mistral_kernels.model.step import ALL, Step, plan_step
 from mistral_kernels.model.weights import Checkpoint
 from mistral_kernels.ops.checks import FLOATS, check_int, compute_dtype, is_int
 from mistral_kernels.ops.dispatch import BoundOp
@@ -296,24 +302,40 @@ class Transformer(SavableModule):
         tables = self.rope_tables(max(map(sum, zip(lengths, seqlens, strict=True)), default=0))
         step = plan_step(seqlens, lengths, starts, cache is not None, self.device)
 
-        x = nn.functional.embedding(input_ids.to(self.device), self.tok_embeddings)  # (T, hidden)
-        if len(x):
-            layer_caches = [None] * len(self.layers)
-            if cache is not None:
-                cache.begin(seqlens)
-                layer_caches = cache.layers
-            for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
-                x = layer(x, step, tables, layer_cache)
+        if cache is not None and len(input_ids):
+            cache.begin(seqlens)
+        layers = [None] * len(self.layers) if cache is None else cache.layers
+        logits = self.run(input_ids.to(self.device), step, tables, layers, last_only=last_only)
         if cache is not None:
             cache.advance(seqlens)
-        if last_only:
-            # A sequence that feeds nothing gets a zero row, hence zero logits.
-            fed = torch.cat((x, x.new_zeros(1, x.shape[1])))
-            x = fed[step.last_rows]
-        return self._logits(x)
+        return logits
 
-    def _logits(self, x: Tensor) -> Tensor:
-        normed = self._kernels["rms_norm"](x, self.norm, self.config.norm_eps)
+    def run(
+        self,
+        input_ids: Tensor,
+        step: Step,
+        tables: RopeTables,
+        layer_caches: Sequence[LayerCache | None],
+        *,
+        last_only: bool,
+    ) -> Tensor:
+        """The device's part of `forward`: arguments that fit, nothing waits, no cache is advanced.
+
+        It reads nothing but tensors where `step` holds tensors, so a CUDA graph can replay it.
+        """
+        x, added = nn.functional.embedding(input_ids, self.tok_embeddings), None  # (T, hidden)
+        if len(x):
+            for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
+                x, added = layer(x, added, step, tables, layer_cache)
+        if last_only and step.last_rows is not ALL:
+            x = _chosen_rows(x, step.last_rows)
+            added = None if added is None else _chosen_rows(added, step.last_rows)
+        normed, _ = residual_norm(self._kernels, x, added, self.norm, self.config.norm_eps)
         weight = self.tok_embeddings if self.config.tied_embeddings else self.output
         logits = self._kernels["linear"](normed, weight, BATCH_INVARIANT)
         return logits.to(compute_dtype(logits.dtype))
+
+
+def _chosen_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of x, and where `rows` is -1 zeros: logits of what feeds nothing are zero."""
+    return torch.cat((x, x.new_zeros(1, x.shape[1])))[rows]

@@ -51,10 +51,7 @@ class Place(NamedTuple):
         """The part of the parameters, a view whose elements are in the tensor's order."""
         whole = parameters[self.parameter]
         if isinstance(whole, LowBit):
-            *rows, perm = whole
-            parts = [tensor if tensor is None else tensor[self.index] for tensor in rows]
-            # All rows of an expert have one order of columns.
-            return LowBit(*parts, perm if perm is None else perm[self.index[:-1]])
+            return whole.part(*self.index)
         part = whole[self.index]
         return part.transpose(-1, -2) if self.transposed else part
 

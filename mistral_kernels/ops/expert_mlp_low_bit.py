@@ -197,8 +197,7 @@ def _expert_mlp_low_bit_cpu(
         stacked = {"w13": up, "w2": down}
 
         def project(name: str, expert: int, rows: Tensor, out: Tensor) -> None:
-            weight = LowBit(*(None if t is None else t[expert] for t in stacked[name]))
-            multiply_dequantised(rows, weight, out)
+            multiply_dequantised(rows, stacked[name].part(expert), out)
 
         for rows in chunks(len(x), gemm_bytes(x, ffn_dim, expert_ids)):
             call = len(w13), ffn_dim, weights[rows], expert_ids[rows], project

@@ -148,7 +148,7 @@ def multiply_dequantised(rows: Tensor, weight: LowBit, out: Tensor) -> Tensor:
     block = rows.new_empty(min(step, out_dim), in_dim)
     for first in range(0, out_dim, step):
         lines = slice(first, min(first + step, out_dim))
-        part = LowBit(*(None if t is None else t[lines] for t in weight[:3]))
+        part = weight.part(lines)  # perm has been seen to
         dense = block[: len(part.qweight)]
         native_extension().dequantise_cpu(
             launch_fields(part),

@@ -74,6 +74,12 @@ class LowBit(NamedTuple):
     def group_size(self) -> int:
         return self.shape[-1] // max(1, self.scales.shape[-1])
 
+    def part(self, *index: int | slice) -> LowBit:
+        """Views of some experts, rows or both; the rows of a matrix share its perm."""
+        *rows, perm = self
+        parts = [tensor if tensor is None else tensor[index] for tensor in rows]
+        return LowBit(*parts, perm if perm is None else perm[index[: perm.dim() - 1]])
+
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """The weight, (..., out, in), its columns in their own order.
 
