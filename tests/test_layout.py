@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mistral_kernels"
 # Files of ops/ that are no op: the policy and what several ops share.
-SHARED = {"__init__", "dispatch", "checks", "ring", "masked_attention", "low_bit"}
+SHARED = {"__init__", "dispatch", "checks", "ring", "masked_attention", "low_bit", "recorded_calls"}
 OPS = sorted(path.stem for path in (PACKAGE / "ops").glob("*.py") if path.stem not in SHARED)
 # Files of kernels/ that are no op: what several kernels share, or the steps of one op.
 SHARED_KERNELS = {

@@ -8,11 +8,13 @@ serve is an error, and `auto` takes the first of `AUTO_ORDER` that can and shoul
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,14 +52,31 @@ _runs: dict[str, Callable] = {}  # what the dispatcher calls: the op's arguments
 _library = torch.library.Library("mistral_kernels", "DEF")
 
 
-@functools.cache
+_core_instead: ContextVar[Any] = ContextVar("_core_instead", default=None)
+
+
 def native_extension():
     """The compiled core `mistral_kernels._C`, or the ImportError that says why there is none."""
+    return _core_instead.get() or _load_core()
+
+
+@functools.cache
+def _load_core():
     try:
         from mistral_kernels import _C
     except ImportError as error:
         return error
     return _C
+
+
+@contextlib.contextmanager
+def native_extension_as(core: Any) -> Iterator[None]:
+    """Within it, in this thread, `core` stands for the compiled core."""
+    token = _core_instead.set(core)
+    try:
+        yield
+    finally:
+        _core_instead.reset(token)
 
 
 @functools.cache
