@@ -7,13 +7,15 @@ addresses. So it is run once while its calls are written down, and from then on 
     step = RecordedCalls(lambda: model_of(static_inputs))
     static_inputs.copy_(...); step.replay(); step.result
 
-The function may do nothing on the data but through the core: views and new tensors are allowed,
-anything else that torch is asked for would not be done again, and is refused.
+Of torch the function may want views, new tensors, and what writes into a tensor that is there
+(`add_`, `out=`), which is recorded too. Anything else would not be done again, and is refused.
+Numbers and sizes stay what they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,62 +39,63 @@ class NotRecordableError(RuntimeError):
 
 
 class RecordedCalls:
-    """Calls `function` once, and keeps its calls of the core to make them again.
+    """Calls `function` once, and keeps what it called to call it again.
 
     Args:
-        function: takes nothing; uses torch for views and new tensors alone.
+        function: takes nothing; uses torch for views, new tensors and writing alone.
 
     Attributes:
         result: what the function returned; `replay` writes it anew.
-        calls: how many were recorded.
+        calls: what was recorded.
 
     Raises:
         NotRecordableError: it asked torch for something else; it may have been run in part.
     """
 
     def __init__(self, function: Callable[[], Any]):
-        core = _Recorder(dispatch.native_extension())
-        with _Watch() as watch, dispatch.native_extension_as(core):
+        self.calls: list[partial] = []
+        core = _Recorder(dispatch.native_extension(), self.calls)
+        with _Watch(self.calls) as watch, dispatch.native_extension_as(core):
             self.result = function()
-        self._calls = core.calls
-        self.calls = len(core.calls)
         self._tensors = watch.tensors  # the calls hold addresses: the memory has to stay
 
     def replay(self) -> None:
         """Makes the calls again, on what the same memory holds now."""
-        for call, arguments in self._calls:
-            call(*arguments)
+        for call in self.calls:
+            call()
 
 
 class _Recorder:
     """Stands for the core and writes down what is called."""
 
-    def __init__(self, core):
-        self._core = core
-        self.calls: list[tuple[Callable, tuple]] = []
+    def __init__(self, core, calls: list[partial]):
+        self._core, self._calls = core, calls
 
     def __getattr__(self, name: str):
         function = getattr(self._core, name)
 
         def call(*arguments):
-            self.calls.append((function, arguments))
+            self._calls.append(partial(function, *arguments))
             return function(*arguments)
 
         return call
 
 
 class _Watch(TorchFunctionMode):
-    """Keeps every tensor that comes up, and refuses what computes."""
+    """Keeps every tensor that comes up, writes down what is written, refuses what else computes."""
 
-    def __init__(self):
+    def __init__(self, calls: list[partial]):
         super().__init__()
+        self._calls = calls
         self.tensors: list[Tensor] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = func.__name__
-        if name not in FACTS | VIEWS | NEW:
+        name, kwargs = func.__name__, kwargs or {}
+        result = func(*args, **kwargs)
+        if "out" in kwargs or (name.endswith("_") and not name.endswith("__")):
+            self._calls.append(partial(func, *args, **kwargs))
+        elif name not in FACTS | VIEWS | NEW:
             raise NotRecordableError(f"{name} is not a call of the compiled core")
-        result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor):
                 self.tensors.append(tensor)
