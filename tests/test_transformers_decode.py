@@ -138,6 +138,71 @@ def test_a_layer_that_was_changed_goes_the_long_way(change, layers, ways):
     assert ways == layers
 
 
+@pytest.fixture
+def replays(monkeypatch):
+    """For each layer that asked for its recording, whether it was replayed."""
+    found, look = [], transformers_decode.replayed
+
+    def replayed(*inputs):
+        out = look(*inputs)
+        found.append(out is not None)
+        return out
+
+    monkeypatch.setattr(transformers_decode, "replayed", replayed)
+    return found
+
+
+def turn_threads(model):
+    torch.set_num_threads(3 - torch.get_num_threads())
+
+
+def take_their_experts(model):
+    model.set_experts_implementation("grouped_mm")
+
+
+def exchange_a_weight(model):
+    projection = model.model.layers[0].self_attn.o_proj
+    projection.weight = nn.Parameter(2 * projection.weight)
+
+
+@pytest.mark.parametrize(
+    "change, layers",
+    [
+        (hook_a_projection, {0}),
+        (hook_a_norm, {0}),
+        (give_another_forward, {0}),
+        (parametrise, {0}),
+        (transpose, {0}),
+        (adapt, set(range(LAYERS))),
+        (train, set(range(LAYERS))),
+        (exchange_a_weight, {0}),
+        (turn_threads, set(range(LAYERS))),
+        (take_their_experts, set(range(LAYERS))),
+    ],
+)
+def test_a_recording_does_not_outlive_a_change(change, layers, replays, monkeypatch):
+    """The other model has no recordings: it is not enabled."""
+    ids = random_ids(2, 9)
+    other, model = (switched(stock("Mixtral", sliding_window=5, **MOE)) for _ in range(2))
+    enable(model)
+    caches = [RollingCache(model.config) for _ in range(2)]
+    threads = torch.get_num_threads()
+    for begin, end in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
+        if begin == 7:
+            assert replays == [False] * LAYERS + [True] * LAYERS
+            for changed in (other, model):
+                change(changed)
+            torch.set_num_threads(threads) if change is not turn_threads else turn_threads(model)
+        expected, logits = (
+            each(ids[:, begin:end], past_key_values=cache).logits
+            for each, cache in zip((other, model), caches, strict=True)
+        )
+        assert error(logits, expected).within(AS_EAGER)
+    torch.set_num_threads(threads)
+    third = replays[2 * LAYERS : 3 * LAYERS]
+    assert third == [n not in layers for n in range(len(third))]
+
+
 def test_a_changed_feed_forward_is_called(ways):
     """By a layer that goes the short way up to there."""
     ids = random_ids(2, 9)
@@ -180,6 +245,40 @@ def test_who_watches_sees_all_calls(ways):
     last(cache)
     with torch.enable_grad(), pytest.raises(RuntimeError, match="use_cache=False"):
         model(ids[:, 5:], past_key_values=cache)
+
+
+def test_what_a_layer_gave_stays(replays):
+    """Another step does not write over it, whoever keeps it; caches take turns."""
+    model = switched(stock("Mixtral", sliding_window=5, **MOE))
+    ids = random_ids(1, 12)
+    expected = model(ids, use_cache=False).logits
+    enable(model)
+    caches = [RollingCache(model.config) for _ in range(2)]
+    logits, kept = [], []
+    for cache in caches:
+        logits.append(model(ids[:, :5], past_key_values=cache).logits)
+    for position in range(5, 12):
+        for cache in caches:
+            out = model.model(ids[:, position : position + 1], past_key_values=cache)
+            kept.append((out.last_hidden_state, out.last_hidden_state.clone()))
+            logits.append(model.lm_head(out.last_hidden_state))
+    assert replays == [False] * 2 * LAYERS + [True] * 12 * LAYERS
+    assert all(out.equal(copy) for out, copy in kept)
+    for found in (torch.cat(logits[0::2], 1), torch.cat(logits[1::2], 1)):
+        assert error(found, expected).within(AS_EAGER)
+
+
+def test_inference_mode_comes_and_goes(replays):
+    model = switched(stock(sliding_window=5))
+    ids = random_ids(1, 9)
+    expected = model(ids, use_cache=False).logits
+    enable(model)
+    cache, logits = RollingCache(model.config), []
+    for begin, end in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
+        with torch.inference_mode(begin % 2 == 1), torch.no_grad():
+            logits.append(model(ids[:, begin:end], past_key_values=cache).logits)
+    assert error(torch.cat(logits, 1), expected).within(AS_EAGER)
+    assert replays == [False] * LAYERS + [True] * 3 * LAYERS
 
 
 def test_an_enabled_model_can_be_pickled():

@@ -209,7 +209,10 @@ class RollingLayer(CacheLayerMixin):
                 starts=None,
                 device=self.device,
             )
-        return self.attend_rows(q.to(self.dtype), k, v, keys.shape[2], plan, window, scale)
+        tokens = keys.shape[2]
+        out = self.attend_rows(q.to(self.dtype), k, v, tokens, plan, window, scale)
+        self.advance(tokens)
+        return out
 
     def attend_rows(
         self,
@@ -221,7 +224,8 @@ class RollingLayer(CacheLayerMixin):
         window: int | None,
         scale: float | None,
     ) -> Tensor:
-        """As `attend`, of q, k and v (batch * tokens, heads, head_dim) in the ring's dtype."""
+        """As `attend`, of q, k and v (batch * tokens, heads, head_dim) in the ring's dtype; the
+        new tokens do not count before `advance`."""
         if self.window is not None and (window is None or window > self.window):
             raise ValueError(
                 f"RollingCache: a layer attends over a window of {window}, but its ring was made"
@@ -233,7 +237,6 @@ class RollingLayer(CacheLayerMixin):
         out = plan.attend(q, k, v, ring, **how)
         if tokens > 1:
             STORE(k, v, *ring, plan.cu_seqlens, plan.context_lens, *NOT_QUANTISED)
-        self._advance(tokens)
         return out
 
     def _decode(self, q_heads: int) -> BoundOp | None:
@@ -244,7 +247,8 @@ class RollingLayer(CacheLayerMixin):
         facts = group, head_dim, ("page_size", self.page_size)
         return _decode_op(self.device, self.dtype, facts)
 
-    def _advance(self, tokens: int) -> None:
+    def advance(self, tokens: int) -> None:
+        """Counts tokens that were attended."""
         self._pending = False
         if torch.compiler.is_compiling():
             self._tokens = None

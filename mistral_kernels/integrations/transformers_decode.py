@@ -20,6 +20,7 @@ from torch.nn.modules import module as torch_module
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
 
 from mistral_kernels.integrations.attention_plan import NAME, AttentionPlan
+from mistral_kernels.integrations.recorded_layers import LayerStep, replayed, run_recorded
 from mistral_kernels.integrations.rolling_cache import RollingCache
 from mistral_kernels.integrations.transformers_attention import REFUSED
 from mistral_kernels.integrations.transformers_experts import check_experts
@@ -67,40 +68,75 @@ def _is_one_token(x: Tensor) -> bool:
     )
 
 
+def _step(layer: nn.Module, x: Tensor, named: dict) -> LayerStep | None:
+    """What the layer is given, where attention over a ring is all that is asked of it."""
+    attention, cache = layer.__dict__["_modules"]["self_attn"], named.get("past_key_values")
+    if type(attention).__module__ not in PLAIN or type(cache) is not RollingCache:
+        return None
+    mask, rotation = named.get("attention_mask"), named["position_embeddings"][0]
+    plan = AttentionPlan.behind(mask)
+    if plan is None or type(rotation) is not Rotation or not ASKS_MORE.isdisjoint(named):
+        return None
+    step = LayerStep(
+        x, rotation, plan, AttentionPlan.window_of(mask), cache, attention.__dict__["layer_idx"]
+    )
+    return step if step.ring.takes(x) else None
+
+
 def _one_token(layer: nn.Module, x: Tensor, named: dict) -> Tensor | None:
     """x (batch, hidden) after the layer, or None where attention or a norm is not ours to pass."""
+    if (step := _step(layer, x, named)) is None:
+        return None
     modules = layer.__dict__["_modules"]
     attention, mlp = modules["self_attn"], modules["mlp"]
     first, second = modules["input_layernorm"], modules["post_attention_layernorm"]
+    facts = _facts(attention, mlp, first, second)
+    if (out := replayed(layer, facts, step)) is not None:
+        return out
     norms = _weights((first, second), norm_forward, x)
-    plan = AttentionPlan.behind(named.get("attention_mask"))
-    projections = _projections(attention, x, named)
-    if norms is None or plan is None or projections is None:
+    projections = _projections(attention, step)
+    if norms is None or projections is None:
         return None
     if not norms[0].shape == norms[1].shape == x.shape[1:]:
         return None
     cells = _cells(x.device, x.dtype, mlp.top_k if _is_mixture(mlp) else 0)
-    normed = cells.rms_norm(x, norms[0], first.variance_epsilon)
-    attended = _attend(attention, normed, projections, plan, named, cells)
-    normed, x = cells.add_rms_norm(attended, x, norms[1], second.variance_epsilon)
-    feed = _mix if _is_mixture(mlp) else _feed_forward
-    out = feed(mlp, normed, cells)
-    return x + (mlp(normed.unsqueeze(1)).squeeze(1) if out is None else out)
+    scale, ring = attention.__dict__["scaling"], step.ring
+
+    def compute(x: Tensor, rotation: Rotation, plan: AttentionPlan) -> Tensor:
+        normed = cells.rms_norm(x, norms[0], first.variance_epsilon)
+        q, k, v = _rotated(normed, projections, rotation, ring.head_dim, cells)
+        attended = ring.attend_rows(q, k, v, 1, plan, step.window, scale)
+        attended = cells.linear(attended.view(len(x), -1), projections[3], BATCH_INVARIANT)
+        normed, x = cells.add_rms_norm(attended, x, norms[1], second.variance_epsilon)
+        feed = _mix if _is_mixture(mlp) else _feed_forward
+        out = feed(mlp, normed, cells)
+        if out is None:
+            out = mlp(normed.unsqueeze(1)).squeeze(1)
+        return torch.add(x, out, out=x.new_empty(x.shape))
+
+    step.begin()
+    out = run_recorded(layer, facts, step, compute)
+    ring.advance(1)
+    return out
 
 
-def _projections(attention: nn.Module, x: Tensor, named: dict) -> list[Tensor] | None:
-    """Weights of q, k, v and o, where attention over the ring is all that is between them."""
-    own, cache = attention.__dict__, named.get("past_key_values")
-    if type(cache) is not RollingCache or not ASKS_MORE.isdisjoint(named):
+def _facts(attention: nn.Module, mlp: nn.Module, *norms: nn.Module) -> tuple:
+    """What a layer's calls depend on besides its modules and their tensors."""
+    mixture = ()
+    if _is_mixture(mlp):
+        parts = mlp.__dict__["_modules"]
+        implementation = getattr(parts["experts"].config, "_experts_implementation", None)
+        mixture = (implementation, parts["gate"].top_k)
+    return (attention.__dict__["scaling"], *(norm.variance_epsilon for norm in norms), *mixture)
+
+
+def _projections(attention: nn.Module, step: LayerStep) -> list[Tensor] | None:
+    """Weights of q, k, v and o, where rotation and attention are all that is between them."""
+    own, x = attention.__dict__, step.x
+    if own["training"] or not _runs(own, attention_forward):
         return None
-    if type(attention).__module__ not in PLAIN or own["training"]:
-        return None
-    if not _runs(own, attention_forward):
-        return None
-    rotation, head_dim = named["position_embeddings"][0], own["head_dim"]
-    if type(rotation) is not Rotation or 2 * rotation.cos.shape[1] != head_dim:
-        return None
-    if not cache.layers[own["layer_idx"]].takes(x):
+    head_dim, ring = own["head_dim"], step.ring
+    if 2 * step.rotation.cos.shape[1] != head_dim:
         return None
     weights = _weights((own["_modules"][name] for name in PROJECTIONS), linear_forward, x)
     if weights is None:
@@ -108,28 +144,22 @@ def _projections(attention: nn.Module, x: Tensor, named: dict) -> list[Tensor] |
     q, k, v, o = (weight.shape for weight in weights)
     hidden = x.shape[1]
     fits = q[1] == k[1] == v[1] == hidden and o[1] == q[0] and k[0] == v[0]
-    return weights if fits and not (q[0] % k[0] or k[0] % head_dim) else None
+    fits = fits and not (q[0] % k[0] or k[0] % head_dim)
+    return (
+        weights if fits and (k[0] // head_dim, head_dim) == (ring.kv_heads, ring.head_dim) else None
+    )
 
 
-def _attend(
-    attention: nn.Module,
-    x: Tensor,
-    projections: list[Tensor],
-    plan: AttentionPlan,
-    named: dict,
-    cells: SimpleNamespace,
-) -> Tensor:
-    own, cache = attention.__dict__, named["past_key_values"]
-    batch, head_dim, index = x.shape[0], own["head_dim"], own["layer_idx"]
-    *qkv, o = projections
-    q, k, v = (cells.linear(x, weight, BATCH_INVARIANT).view(batch, -1, head_dim) for weight in qkv)
-    cells.rope_(q, k, *named["position_embeddings"][0], *HALF_SPLIT)
-    cache.check_step(index, 1)
-    ring = cache.layers[index]
-    ring.expect(batch, k.shape[1], 1, head_dim)
-    window = AttentionPlan.window_of(named["attention_mask"])
-    out = ring.attend_rows(q, k, v, 1, plan, window, own["scaling"])
-    return cells.linear(out.view(batch, -1), o, BATCH_INVARIANT)
+def _rotated(
+    x: Tensor, weights: list[Tensor], rotation: Rotation, head_dim: int, cells: SimpleNamespace
+) -> list[Tensor]:
+    """q, k and v, (batch, heads, head_dim) each."""
+    q, k, v = (
+        cells.linear(x, weight, BATCH_INVARIANT).view(len(x), -1, head_dim)
+        for weight in weights[:3]
+    )
+    cells.rope_(q, k, *rotation, *HALF_SPLIT)
+    return q, k, v
 
 
 def _feed_forward(mlp: nn.Module, x: Tensor, cells: SimpleNamespace) -> Tensor | None:
@@ -143,7 +173,8 @@ def _feed_forward(mlp: nn.Module, x: Tensor, cells: SimpleNamespace) -> Tensor |
     if gate.shape[1] != x.shape[1] or up.shape != gate.shape or down.shape[1] != gate.shape[0]:
         return None
     gate_up = [cells.linear(x, weight, BATCH_INVARIANT) for weight in (gate, up)]
-    return cells.linear(cells.silu_mul(torch.cat(gate_up, 1)), down, BATCH_INVARIANT)
+    joined = torch.cat(gate_up, 1, out=x.new_empty(len(x), 2 * gate.shape[0]))
+    return cells.linear(cells.silu_mul(joined), down, BATCH_INVARIANT)
 
 
 def _is_mixture(mlp: nn.Module) -> bool:
