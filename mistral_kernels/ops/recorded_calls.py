@@ -82,12 +82,12 @@ class _Recorder:
 
 
 class _Watch(TorchFunctionMode):
-    """Keeps every tensor that comes up, writes down what is written, refuses what else computes."""
+    """Keeps the memory that calls use, writes down what torch writes, refuses the rest."""
 
     def __init__(self, calls: list[partial]):
         super().__init__()
         self._calls = calls
-        self.tensors: list[Tensor] = []
+        self.tensors: list[Tensor] = []  # those whose address anybody asked for
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.__name__, kwargs or {}
@@ -96,11 +96,12 @@ class _Watch(TorchFunctionMode):
             self._calls.append(partial(func, *args, **kwargs))
         elif name not in FACTS | VIEWS | NEW:
             raise NotRecordableError(f"{name} is not a call of the compiled core")
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
-                self.tensors.append(tensor)
-                if name in VIEWS and not _shares_memory(tensor, args[0]):
-                    raise NotRecordableError(f"{name} makes a copy here, which is no view")
+        if name == "data_ptr":
+            self.tensors.append(args[0])
+        elif name in VIEWS:
+            parts = result if isinstance(result, tuple) else (result,)
+            if not all(_shares_memory(part, args[0]) for part in parts):
+                raise NotRecordableError(f"{name} makes a copy here, which is no view")
         return result
 
 
