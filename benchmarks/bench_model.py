@@ -11,7 +11,6 @@ would take half an hour. For the same reason the longest are called three times,
 ones run in float32 only. `--sizes full` spares nothing.
 """
 
-from math import prod
 from typing import NamedTuple
 
 import pytest
@@ -20,9 +19,10 @@ import torch
 from benchmarks import peers
 from benchmarks.timing import OURS, Work
 from mistral_kernels import Transformer, ops
+from mistral_kernels.model import random_weights
 from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import ModelConfig
-from mistral_kernels.model.weight_table import parameter_shapes
+from mistral_kernels.model.step_work import step_work
 
 OP = "model"
 STEPS = 8  # tokens of a timed decode call
@@ -73,7 +73,7 @@ SHAPES = {
 
 
 def random_model(shape: Shape, dtype: torch.dtype) -> Transformer:
-    """A model of that shape; the spread of its weights is the one that transformers gives."""
+    """A model of that shape on the CPU."""
     sizes = shape._asdict()
     for name in ("context", "tokens", "window", "format"):
         sizes.pop(name, None)
@@ -85,29 +85,14 @@ def random_model(shape: Shape, dtype: torch.dtype) -> Transformer:
         top_k=min(2, shape.experts),
         interleaved=False,
     )
-    model = Transformer(config, device="cpu", dtype=dtype)
-    for parameter in model.parameters():
-        parameter.fill_(1) if parameter.dim() == 1 else parameter.normal_(std=0.02)
-    return model
+    return random_weights.random_model(config, dtype=dtype)
 
 
-def work_of(config: ModelConfig, shape: Shape, dtype: torch.dtype) -> Work:
-    """Weights in use and visible keys of one token or one prompt, read once; their products."""
-    tokens, window = shape.tokens, shape.window
-    read = worked = 0
-    for name, size in parameter_shapes(config).items():
-        elements = prod(size)
-        of_experts = config.experts and name.endswith(("w13", "w2"))
-        if name == "tok_embeddings":
-            continue  # a row a token
-        share = config.top_k / config.experts if of_experts else 1
-        read += elements * (min(1, share * tokens) if of_experts else 1)
-        worked += elements * share * (1 if name == "output" else tokens)
-    pairs = sum(min(window, shape.context + i + 1) for i in range(tokens))  # (query, key)
-    keys = min(window, shape.context) * config.kv_heads * config.head_dim
-    heads = config.q_heads * config.head_dim
-    flops = 2 * worked + 4 * pairs * heads * config.layers
-    return Work(int((read + 2 * keys * config.layers) * dtype.itemsize), int(flops))
+def work_of(model: Transformer, shape: Shape) -> Work:
+    """Of one token or one prompt."""
+    how = {"dtype": model.dtype, "low_bit": model.low_bit}
+    work = step_work(model.config, context=shape.context, tokens=shape.tokens, **how)
+    return Work(work.bytes, work.flops)
 
 
 def filled_cache(model: Transformer, keys_values: torch.Tensor, max_tokens: int) -> KVCache:
@@ -132,7 +117,7 @@ def test_model(bench, request, shape, dtype):
     theirs = peers.Peer(model) if peers.installed() else None
     contest = decode_contest if shape.tokens == 1 else prefill_contest
     calls = contest(model, theirs, shape)
-    work = work_of(model.config, shape, dtype)
+    work = work_of(model, shape)
     steps = STEPS if shape.tokens == 1 else 1
     # Rounding to bf16 may send a token to another expert, and then nothing else is alike.
     compare = not shape.experts or dtype == torch.float32

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.attention_peers import attention_peers
-from benchmarks.memory import peak_bytes
 from benchmarks.timing import Work
 from mistral_kernels import ops
+from mistral_kernels.peak_memory import peak_bytes
 
 OP = "prefill_attention"
 

@@ -56,7 +56,7 @@ def test_generate(bench, shape, dtype):
         peers.NAME: lambda: generate(theirs),
         "switches": lambda: generate(switches),
     }
-    work = work_of(model.config, shape, dtype)
+    work = work_of(model, shape)
     alike = dtype == torch.float32
     bench(calls.pop(OURS), tuple, work, calls, compare=alike, rounds=ROUNDS, steps=STEPS)
 

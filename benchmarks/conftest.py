@@ -14,8 +14,8 @@ import torch
 
 from benchmarks import report
 from benchmarks.environment import environment
-from benchmarks.limits import STREAM_BYTES, machine_limits
 from benchmarks.timing import measure, summary
+from mistral_kernels.machine_limits import STREAM_BYTES, machine_limits
 from mistral_kernels.ops import dispatch
 from mistral_kernels.ops.checks import is_int
 

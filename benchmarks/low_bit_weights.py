@@ -2,10 +2,14 @@
 
 import torch
 
-from mistral_kernels.ops.low_bit import FP8, INT4, INT8, LowBit, quantise
+from mistral_kernels.model import random_weights
+from mistral_kernels.ops.low_bit import INT4, LowBit, quantise
 
 # Name -> codes, group size (None: the row).
-FORMATS = {"int4-g128": (INT4, 128), "int8": (INT8, None), "fp8": (FP8, None)}
+FORMATS = {
+    f"{name}-g{group_size}" if group_size else name: (codes, group_size)
+    for name, (codes, group_size) in random_weights.FORMATS.items()
+}
 
 
 def random_weight(shape: tuple[int, ...], name: str, dtype: torch.dtype, device: str) -> LowBit:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.device_time import cold_l2_s, graph_replay_s
-from benchmarks.limits import Limits, seconds
+from mistral_kernels.machine_limits import Limits, seconds
 
 OURS = "ours"
 MIN_ROUNDS, MAX_ROUNDS = 5, 200

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.environment import cpu_name
-from benchmarks.limits import Limits
-from benchmarks.memory import peak_bytes
 from benchmarks.timing import Work, check_agreement, summary
+from mistral_kernels.environment import cpu_name
+from mistral_kernels.machine_limits import Limits
+from mistral_kernels.peak_memory import peak_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 # Not those of a worker of pytest-xdist, in which pytest-benchmark measures nothing.

@@ -51,6 +51,7 @@ class Transformer(SavableModule):
 
     Attributes:
         folder: the checkpoint it was loaded from, None for a model made from a config.
+        low_bit: the argument, {} where it was None.
         quantisation: in words, how that stores the weights that are in few bits; None: all are in
             full.
         tokenizer: turns text into token ids and back; read from the folder at first use.
@@ -83,7 +84,7 @@ class Transformer(SavableModule):
         self.config, self.max_batch_size = config, max_batch_size
         self.folder: Path | None = None
         self.quantisation: str | None = None
-        self._low_bit = dict(low_bit or {})
+        self.low_bit = dict(low_bit or {})
         self._tokenizer: Tokenizer | None = None
         self._kernels: Kernels = {}
         self._tables: RopeTables | None = None
@@ -93,7 +94,7 @@ class Transformer(SavableModule):
         }
         self.tok_embeddings = parameter(config.vocab, config.hidden, **place)
         self.layers = nn.ModuleList(
-            Block(config, window, self._kernels, layer_forms(self._low_bit, n), **place)
+            Block(config, window, self._kernels, layer_forms(self.low_bit, n), **place)
             for n, window in enumerate(config.windows)
         )
         self.norm = parameter(config.hidden, **place)
@@ -189,7 +190,7 @@ class Transformer(SavableModule):
             ValueError: no such backend; then nothing has changed.
         """
         how = {"device": self.device, "dtype": self.dtype, "backend": backend}
-        chosen = choose_backends(self.config, **how, low_bit=self._low_bit)
+        chosen = choose_backends(self.config, **how, low_bit=self.low_bit)
         self.backend = backend
         # In place: the blocks share this dict.
         self._kernels.update({op: BoundOp(op, name) for op, name in chosen.items()})

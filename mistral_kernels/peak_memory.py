@@ -1,0 +1,47 @@
+"""The memory that a call takes at its peak."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"  # to clear_refs: VmHWM starts again at VmRSS
+
+
+def peak_bytes(call: Callable[[], object]) -> int | None:
+    """Return the growth of this process's resident memory at its peak during `call`.
+
+    Outputs and scratch together. None where the kernel does not tell (not Linux, or a sandbox).
+    Blocks of the C library's heap that are resident before the call are not seen again, but torch
+    takes large tensors from fresh pages.
+    """
+    before = _resident("VmRSS") if STATUS.exists() else 0
+    peak = device_peak_bytes(call, torch.device("cpu"))
+    return None if peak is None else peak - before
+
+
+def device_peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """Return the most memory of a device that is in use during `call`, weights included.
+
+    On a GPU what torch has allocated there. On the CPU this process's resident memory, of which
+    the files that it maps are a part; None where the kernel does not tell. `call` runs anyway.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        CLEAR.write_text(RESET_PEAK)
+    except OSError:
+        call()
+        return None
+    call()
+    return _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text())[1])
