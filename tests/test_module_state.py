@@ -15,6 +15,8 @@ CHANGES = {
     "a buffer exchanged": lambda m: setattr(m[2], "running_mean", torch.ones(4)),
     "a bias taken away": lambda m: setattr(m[0], "bias", None),
     "a bias given": lambda m: setattr(m[1], "bias", nn.Parameter(torch.ones(4))),
+    "its strides": lambda m: setattr(m[0].weight, "data", m[0].weight.data.t()),
+    "its shape": lambda m: setattr(m[0].weight, "data", m[0].weight.data[:3]),
     "a part exchanged": lambda m: m.__setitem__(1, nn.Linear(4, 4)),
     "a part added": lambda m: m.append(nn.Identity()),
     "a dtype": lambda m: m.double(),
@@ -46,6 +48,13 @@ def test_values_are_no_change(modules):
 def test_hooks_that_come_and_go(modules):
     state = ModuleState(modules)
     hook = modules[0].register_forward_hook(lambda *call: None)
-    assert not state.unchanged() and not ModuleState(modules).unchanged()
+    listened_to = ModuleState(modules)
+    assert not state.unchanged() and not listened_to.unchanged()
     hook.remove()
+    assert state.unchanged() and not listened_to.unchanged()
+
+
+def test_a_hook_around_all_is_no_change(modules):
+    state = ModuleState(modules)
+    modules.register_forward_hook(lambda *call: None)
     assert state.unchanged()

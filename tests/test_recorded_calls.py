@@ -76,6 +76,7 @@ def test_the_memory_of_all_calls_stays():
     "compute, name",
     [
         (lambda x: x + 1, "add"),
+        (lambda x: torch.add(x, 1, out=None), "add"),
         (lambda x: torch.mm(x, x.T), "mm"),
         (lambda x: x.sum().item(), "sum"),
         (lambda x: x[FIRST], "__getitem__ makes a copy"),

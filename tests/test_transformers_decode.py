@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import DynamicCache
 
-from mistral_kernels.integrations import transformers_decode
+from mistral_kernels.integrations import recorded_layers, transformers_decode
 from mistral_kernels.integrations.transformers import RollingCache, enable
 from mistral_kernels.tolerance import error
 
@@ -101,6 +101,11 @@ def transpose(model):
     weight.data = weight.data.t().contiguous().t()
 
 
+def turn_in_its_place(model):
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    weight.data = weight.data.t()
+
+
 def adapt(model):
     torch.manual_seed(3)
     lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
@@ -173,6 +178,7 @@ def exchange_a_weight(model):
         (give_another_forward, {0}),
         (parametrise, {0}),
         (transpose, {0}),
+        (turn_in_its_place, {0}),
         (adapt, set(range(LAYERS))),
         (train, set(range(LAYERS))),
         (exchange_a_weight, {0}),
@@ -215,6 +221,48 @@ def test_a_changed_feed_forward_is_called(ways):
     logits = fed(model, ids, torch.ones_like(ids), RollingCache(model.config), (8, 1))
     assert error(logits, expected).within(AS_EAGER)
     assert ways == [True] * LAYERS
+
+
+def test_a_feed_forward_is_recorded_as_soon_as_it_is_ours(replays):
+    """Noise is drawn anew each time: in training alone, which may be that of a part."""
+    ids = random_ids(1, 8)
+    other, model = (switched(stock("Mixtral", sliding_window=5, **MOE)) for _ in range(2))
+    enable(model)
+    blocks = [each.model.layers[0].mlp.train() for each in (other, model)]
+    for block in blocks:
+        block.jitter_noise = 0.3
+    caches = [RollingCache(model.config) for _ in range(2)]
+    for begin, end in ((0, 3), (3, 4), (4, 5), (5, 6), (6, 7), (7, 8)):
+        if begin == 5:
+            assert replays == [False, False, False, True]
+            for block in blocks:
+                block.eval()
+        logits = []
+        for each, cache in zip((other, model), caches, strict=True):
+            torch.manual_seed(begin)
+            logits.append(each(ids[:, begin:end], past_key_values=cache).logits)
+        assert error(logits[1], logits[0]).within(AS_EAGER)
+    assert replays[4:] == [False, True, True, True, True, True]
+
+
+def test_what_beams_move_each_step_is_not_recorded(replays, monkeypatch):
+    recorded, record = [], recorded_layers.RecordedCalls
+    monkeypatch.setattr(
+        recorded_layers, "RecordedCalls", lambda run: recorded.append(run) or record(run)
+    )
+    model = switched(stock(sliding_window=5))
+    ids = random_ids(1, 10).expand(2, -1)
+    expected = model(ids, use_cache=False).logits
+    enable(model)
+    cache, logits = RollingCache(model.config), []
+    for begin, end in ((0, 4), *((n, n + 1) for n in range(4, 10))):
+        logits.append(model(ids[:, begin:end], past_key_values=cache).logits)
+        if begin < 7:
+            cache.reorder_cache(torch.tensor([1, 1]))
+    assert error(torch.cat(logits, 1), expected).within(AS_EAGER)
+    # At first nobody knows; and when it has stayed for a step.
+    assert len(recorded) == 2 * LAYERS
+    assert replays == [False] * 5 * LAYERS + [True] * LAYERS
 
 
 def test_who_watches_sees_all_calls(ways):

@@ -93,7 +93,7 @@ class _Recording:
             and self.window == step.window
             and self.facts == facts
             and self.threads == torch.get_num_threads()
-            and all(x is y for x, y in zip(self.memory, _memory(step.ring), strict=True))
+            and _same(self.memory, _memory(step.ring))
             and self.shared is _SHARED.get(step.cache)
             and self.state.unchanged()
             and self.shared.load(step)
@@ -107,6 +107,7 @@ class _Recording:
 
 _RECORDINGS: WeakKeyDictionary[RollingLayer, _Recording] = WeakKeyDictionary()
 _SHARED: WeakKeyDictionary[RollingCache, _Shared] = WeakKeyDictionary()
+_LAST: WeakKeyDictionary[RollingLayer, tuple[Tensor, ...]] = WeakKeyDictionary()  # `_memory`
 
 
 def replayed(layer: nn.Module, facts: tuple, step: LayerStep) -> Tensor | None:
@@ -126,7 +127,15 @@ def replayed(layer: nn.Module, facts: tuple, step: LayerStep) -> Tensor | None:
 
 
 def run_recorded(layer: nn.Module, facts: tuple, step: LayerStep, compute: Compute) -> Tensor:
-    """Runs `compute` on what the step gives, and records its calls for `replayed`."""
+    """Runs `compute` on what the step gives, and records its calls for `replayed`.
+
+    Not on a ring that has just got other memory: beams give it some each step, and a recording
+    takes two to three times as long as the step itself.
+    """
+    last, _LAST[step.ring] = _LAST.get(step.ring), _memory(step.ring)
+    if last is not None and not _same(last, _LAST[step.ring]):
+        _RECORDINGS.pop(step.ring, None)  # which holds the memory from before
+        return compute(step.x, step.rotation, step.plan)
     recording = _RECORDINGS.get(step.ring)
     refused = recording and recording.calls is None and recording.is_of(layer, step)
     if step.x.device.type == "cpu" and not refused:
@@ -145,3 +154,7 @@ def _shared(step: LayerStep) -> _Shared:
 
 def _memory(ring: RollingLayer) -> tuple[Tensor, ...]:
     return ring.keys, ring.values, ring.block_table
+
+
+def _same(memory: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+    return all(x is y for x, y in zip(memory, other, strict=True))

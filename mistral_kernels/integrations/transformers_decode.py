@@ -101,6 +101,8 @@ def _one_token(layer: nn.Module, x: Tensor, named: dict) -> Tensor | None:
         return None
     cells = _cells(x.device, x.dtype, mlp.top_k if _is_mixture(mlp) else 0)
     scale, ring = attention.__dict__["scaling"], step.ring
+    own_feed = (_mixture if _is_mixture(mlp) else _gated)(mlp, x, cells)
+    feed = own_feed or (lambda normed: mlp(normed.unsqueeze(1)).squeeze(1))
 
     def compute(x: Tensor, rotation: Rotation, plan: AttentionPlan) -> Tensor:
         normed = cells.rms_norm(x, norms[0], first.variance_epsilon)
@@ -108,14 +110,11 @@ def _one_token(layer: nn.Module, x: Tensor, named: dict) -> Tensor | None:
         attended = ring.attend_rows(q, k, v, 1, plan, step.window, scale)
         attended = cells.linear(attended.view(len(x), -1), projections[3], BATCH_INVARIANT)
         normed, x = cells.add_rms_norm(attended, x, norms[1], second.variance_epsilon)
-        feed = _mix if _is_mixture(mlp) else _feed_forward
-        out = feed(mlp, normed, cells)
-        if out is None:
-            out = mlp(normed.unsqueeze(1)).squeeze(1)
-        return torch.add(x, out, out=x.new_empty(x.shape))
+        return torch.add(x, feed(normed), out=x.new_empty(x.shape))
 
     step.begin()
-    out = run_recorded(layer, facts, step, compute)
+    # What others' code does between the calls, a replay would leave out.
+    out = run_recorded(layer, facts, step, compute) if own_feed else compute(x, *step[1:3])
     ring.advance(1)
     return out
 
@@ -125,9 +124,14 @@ def _facts(attention: nn.Module, mlp: nn.Module, *norms: nn.Module) -> tuple:
     mixture = ()
     if _is_mixture(mlp):
         parts = mlp.__dict__["_modules"]
-        implementation = getattr(parts["experts"].config, "_experts_implementation", None)
-        mixture = (implementation, parts["gate"].top_k)
+        mixture = (_implementation(parts["experts"]), parts["gate"].top_k)
     return (attention.__dict__["scaling"], *(norm.variance_epsilon for norm in norms), *mixture)
+
+
+def _implementation(experts: nn.Module) -> str | None:
+    # Past a config's own look-up of names, which doubles the microseconds.
+    config = experts.__dict__.get("config")  # none where others wrap them
+    return config and object.__getattribute__(config, "_experts_implementation")
 
 
 def _projections(attention: nn.Module, step: LayerStep) -> list[Tensor] | None:
@@ -162,7 +166,10 @@ def _rotated(
     return q, k, v
 
 
-def _feed_forward(mlp: nn.Module, x: Tensor, cells: SimpleNamespace) -> Tensor | None:
+def _gated(
+    mlp: nn.Module, x: Tensor, cells: SimpleNamespace
+) -> Callable[[Tensor], Tensor] | None:
+    """The feed-forward of rows like x, or None where it is not ours to pass."""
     own = mlp.__dict__
     if not _runs(own, feed_forward):
         return None
@@ -172,30 +179,41 @@ def _feed_forward(mlp: nn.Module, x: Tensor, cells: SimpleNamespace) -> Tensor |
     gate, up, down = weights
     if gate.shape[1] != x.shape[1] or up.shape != gate.shape or down.shape[1] != gate.shape[0]:
         return None
-    gate_up = [cells.linear(x, weight, BATCH_INVARIANT) for weight in (gate, up)]
-    joined = torch.cat(gate_up, 1, out=x.new_empty(len(x), 2 * gate.shape[0]))
-    return cells.linear(cells.silu_mul(joined), down, BATCH_INVARIANT)
+
+    def feed(x: Tensor) -> Tensor:
+        gate_up = [cells.linear(x, weight, BATCH_INVARIANT) for weight in (gate, up)]
+        joined = torch.cat(gate_up, 1, out=x.new_empty(len(x), 2 * gate.shape[0]))
+        return cells.linear(cells.silu_mul(joined), down, BATCH_INVARIANT)
+
+    return feed
 
 
 def _is_mixture(mlp: nn.Module) -> bool:
     return type(mlp) is MixtralSparseMoeBlock
 
 
-def _mix(mlp: nn.Module, x: Tensor, cells: SimpleNamespace) -> Tensor | None:
+def _mixture(
+    mlp: nn.Module, x: Tensor, cells: SimpleNamespace
+) -> Callable[[Tensor], Tensor] | None:
+    """As `_gated`, of experts."""
     own = mlp.__dict__
     gate, experts = own["_modules"]["gate"], own["_modules"]["experts"]
-    if not _runs(own, None) or type(experts) is not MixtralExperts:
+    if own["training"] or not _runs(own, None) or type(experts) is not MixtralExperts:
         return None
     router = _weights((gate,), router_forward, x)
     stacked = _weights((experts,), None, x, ("gate_up_proj", "down_proj"))
-    if router is None or stacked is None or experts.config._experts_implementation != NAME:
+    if router is None or stacked is None or _implementation(experts) != NAME:
         return None
     check_experts(experts, *stacked)
     if not router[0].shape[1] == stacked[0].shape[2] == x.shape[1]:
         return None
-    logits = cells.linear(x, router[0], BATCH_INVARIANT)
-    routing = cells.route_experts(logits, gate.__dict__["top_k"], None)
-    return cells.expert_mlp(x, *stacked, *routing, BATCH_INVARIANT)
+
+    def feed(x: Tensor) -> Tensor:
+        logits = cells.linear(x, router[0], BATCH_INVARIANT)
+        routing = cells.route_experts(logits, gate.__dict__["top_k"], None)
+        return cells.expert_mlp(x, *stacked, *routing, BATCH_INVARIANT)
+
+    return feed
 
 
 @functools.cache

@@ -49,10 +49,13 @@ class RecordedCalls:
         calls: what was recorded.
 
     Raises:
-        NotRecordableError: it asked torch for something else; it may have been run in part.
+        NotRecordableError: it asked torch for something else; it may have been run in part. Or
+            there is no compiled core.
     """
 
     def __init__(self, function: Callable[[], Any]):
+        if reason := dispatch.unavailable("cpu"):
+            raise NotRecordableError(reason)
         self.calls: list[partial] = []
         core = _Recorder(dispatch.native_extension(), self.calls)
         with _Watch(self.calls) as watch, dispatch.native_extension_as(core):
@@ -92,7 +95,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.__name__, kwargs or {}
         result = func(*args, **kwargs)
-        if "out" in kwargs or (name.endswith("_") and not name.endswith("__")):
+        if kwargs.get("out") is not None or (name.endswith("_") and not name.endswith("__")):
             self._calls.append(partial(func, *args, **kwargs))
         elif name not in FACTS | VIEWS | NEW:
             raise NotRecordableError(f"{name} is not a call of the compiled core")
