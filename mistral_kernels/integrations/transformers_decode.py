@@ -166,9 +166,7 @@ def _rotated(
     return q, k, v
 
 
-def _gated(
-    mlp: nn.Module, x: Tensor, cells: SimpleNamespace
-) -> Callable[[Tensor], Tensor] | None:
+def _gated(mlp: nn.Module, x: Tensor, cells: SimpleNamespace) -> Callable[[Tensor], Tensor] | None:
     """The feed-forward of rows like x, or None where it is not ours to pass."""
     own = mlp.__dict__
     if not _runs(own, feed_forward):

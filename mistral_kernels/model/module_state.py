@@ -9,8 +9,8 @@ class ModuleState:
     """What of a module and all in it decides which kernels a call of it runs, on which memory.
 
     Comparing costs about a microsecond a module: hooks, forwards put in its place, parameters,
-    buffers and parts exchanged, moved, seen otherwise, added or taken away, and training mode. Hooks
-    on the module itself run around its call, whatever is done in it, and do not count.
+    buffers and parts exchanged, moved, seen otherwise, added or taken away, and training mode.
+    Hooks on the module itself run around its call, whatever is done in it, and do not count.
     """
 
     def __init__(self, module: nn.Module):
