@@ -6,8 +6,6 @@ on.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from mistral_kernels.model.transformer import Transformer
 from mistral_kernels.options import Sampling
 from mistral_kernels.rates import rates_line, timings
 from mistral_kernels.text_input import MessageReader
+from mistral_kernels.whole_file import write_json
 
 HELP = '''\
 /reset      forget what was said, but not the system prompt
@@ -127,7 +126,8 @@ class _Chat:
             if path.exists() and path not in self._saved:
                 _tell_error(f"/save: {path} exists already")
                 return
-            _write(path, self.conversation)
+            content = {"system": self.conversation.system}
+            write_json(path, content | {"messages": self.conversation.messages})
         except OSError as error:
             _tell_error(f"/save: {path}: {error.strerror}")
             return
@@ -176,19 +176,6 @@ class _Chat:
         # Dim where the terminal can be: not a dumb one, and not with NO_COLOR.
         console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
         console.print("; ".join(parts), style="dim")
-
-
-def _write(path: Path, conversation: Conversation) -> None:
-    """Write a conversation as JSON, whole or not at all."""
-    content = {"system": conversation.system, "messages": conversation.messages}
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("x", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False, indent=1)
-            file.write("\n")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _tell(text: str) -> None:

@@ -163,6 +163,7 @@ def _model_facts(
         device: choose_backends(config, device=torch.device(device), dtype=dtype, low_bit=low_bit)
         for device in free
     }
+    step = {"tokens": min(PROMPT, context), "context": context}
     needed = {
         "weights": sum(part["bytes"] for part in parts.values()),
         "cache": cache_bytes(config, context, dtype),
@@ -187,7 +188,8 @@ def _model_facts(
         "prompt": min(PROMPT, context),
         "memory": {
             device: _fit(
-                free[device], needed | {"working": working_bytes(config, dtype, ops[device])}
+                free[device],
+                needed | {"working": working_bytes(config, dtype, ops[device], **step)},
             )
             for device in free
         },
@@ -214,22 +216,36 @@ def cache_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
     return KVCache(config, 1, tokens, device=torch.device("meta"), dtype=dtype).nbytes
 
 
-def working_bytes(config: ModelConfig, dtype: torch.dtype, backends: dict[str, str]) -> int:
-    """About the bytes that a step takes besides weights and cache, while it reads a prompt.
+def working_bytes(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    backends: dict[str, str],
+    *,
+    tokens: int,
+    context: int,
+    batch: int = 1,
+) -> int:
+    """About the bytes that a step takes besides weights and cache, while it reads prompts.
+
+    Args:
+        config, dtype: of the model.
+        backends: op -> the backend that serves it.
+        tokens: fed in the step, of all sequences.
+        context: tokens of a sequence after it.
+        batch: sequences, each of which gets logits.
 
     At its peak a layer holds for each token some four vectors as wide as the residual stream and
     three of all that is wider. A step on the CPU took 0.92 to 1.07 times that, two layers of hidden
     1024 (dense) and 512 (8 experts) in float32, 1024 and 4096 tokens, 2026-11-22; in bfloat16 less.
     """
-    context = min(CONTEXT, config.max_positions or CONTEXT)
     wide = (config.q_heads + 2 * config.kv_heads) * config.head_dim
     wide += max(config.top_k, 1) * config.ffn_dim
-    found = min(PROMPT, context) * (4 * config.hidden + 3 * wide) * dtype.itemsize
+    found = tokens * (4 * config.hidden + 3 * wide) * dtype.itemsize
     if backends["prefill_attention"] == "reference":
         # Scores of a block of queries: as they come, shifted, and their exponentials.
         keys = min(context, max(w or context for w in config.windows) + QUERY_BLOCK)
         found += 3 * QUERY_BLOCK * keys * config.q_heads * torch.float32.itemsize
-    return found + config.vocab * torch.float32.itemsize
+    return found + batch * config.vocab * torch.float32.itemsize
 
 
 def _fit(free: int | None, needed: dict[str, int]) -> dict[str, int | None]:

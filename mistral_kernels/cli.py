@@ -1,4 +1,4 @@
-"""The command line: `mistral-kernels generate`, `chat`, `info`, `ppl`, `quantize` and `verify`.
+"""The command line, `mistral-kernels`: bench, chat, generate, info, ppl, quantize, verify.
 
 stdout carries only the result (text, JSON or a table); rates, progress and errors go to stderr.
 Exit status: 0; 1 where `verify` finds a miss; 2 for bad input, told in one line; 130 after Ctrl-C.
@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from mistral_kernels.bench_options import BenchOptions
 from mistral_kernels.model import TINY_MIXTRAL
 from mistral_kernels.option_groups import takes
 from mistral_kernels.options import (
@@ -295,6 +296,38 @@ def verify(
     else:
         print_report(report)
     raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command()
+@takes(options=BenchOptions())
+def bench(
+    folder: Annotated[
+        str | None,
+        typer.Argument(
+            help="Checkpoint folder, or org/name of the Hugging Face hub"
+            " [default: a tiny built-in model]."
+        ),
+    ] = None,
+    *,
+    options: BenchOptions,
+) -> None:
+    """Measure prefill and decode, beside the limits of this machine in the same run."""
+    printed = options.json == Path("-")
+    out = None if printed else options.json
+    if out and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise ValueError(f"--json: expected a file in a folder that exists, got {out}")
+
+    from mistral_kernels.bench import run_bench
+    from mistral_kernels.tables import print_speed
+    from mistral_kernels.whole_file import write_json
+
+    facts = run_bench(folder, options)
+    if printed:
+        print(json.dumps(facts))
+    else:
+        print_speed(facts)
+    if out:
+        write_json(out, facts)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables of `mistral-kernels info`, `info FOLDER` and `verify`, printed to stdout."""
+"""The tables of `mistral-kernels info`, `verify`, `ppl` and `bench`, printed to stdout."""
 
 from __future__ import annotations
 
@@ -171,6 +171,39 @@ def print_perplexity(facts: dict[str, Any]) -> None:
         "model": f"{facts['dtype']} on {facts['device']}",
     }
     _print_table(["text", ""], rows.items())
+
+
+def print_speed(facts: dict[str, Any]) -> None:
+    """Print what `mistral_kernels.bench.run_bench` returned."""
+    model, load, limits = facts["model"], facts["load"], facts["limits"]
+    # Figures of a part of a model are not those of the model.
+    part = model["layers"] < model["of_layers"]
+    layers = f"{model['layers']} of {model['of_layers']}: all figures are of these"
+    memory = facts["peak_memory_bytes"]
+    _print_table(
+        ["measured", ""],
+        {
+            "model": f"{model['source']}, {model['weights']} weights",
+            "layers": layers if part else model["layers"],
+            "weights": f"{facts['weights']}, {byte_size(model['bytes'])}",
+            "computes in": f"{facts['dtype']} on {facts['device']}",
+            "load": f"{load['batch']} x ({load['prompt']} tokens, {load['new']} new)",
+            "runs": facts["repeats"],
+            "time to first token": f"{facts['time_to_first_token_ms']:.2f} ms",
+            "between tokens, median": f"{facts['inter_token_ms']['median']:.2f} ms",
+            "between tokens, p99": f"{facts['inter_token_ms']['p99']:.2f} ms",
+            "peak memory": memory and byte_size(memory),
+        }.items(),
+    )
+    bounds = (f"{limits['read_gb_s']:g} GB/s", f"{limits['matmul_gflop_s']:g} GFLOP/s")
+    _print_table(
+        ["phase", "tokens/s", f"of {bounds[0]}", f"of {bounds[1]} ({limits['matmul_dtype']})"],
+        (
+            [name, f"{phase['tokens_per_s']:.1f}"]
+            + [f"{phase[f'{bound}_fraction']:.1%}" for bound in ("bandwidth", "matmul")]
+            for name, phase in ((name, facts[name]) for name in ("prefill", "decode"))
+        ),
+    )
 
 
 def _print_table(columns: list[str], rows: Iterable[Iterable[object]]) -> None:

@@ -87,12 +87,13 @@ def random_model(
     return model
 
 
-def in_few_bits(full: Transformer, weights: str) -> Transformer:
+def in_few_bits(full: Transformer, weights: str, *, backend: str = "auto") -> Transformer:
     """A copy of a model in full, its projections rounded to the nearest codes.
 
     Args:
         full: the model; it keeps its weights.
         weights: of FORMATS.
+        backend: of the copy, as `Transformer` takes it.
 
     Raises:
         ValueError: see `low_bit_forms`.
@@ -102,6 +103,7 @@ def in_few_bits(full: Transformer, weights: str) -> Transformer:
         device=full.device,
         dtype=full.dtype,
         low_bit=low_bit_forms(full.config, weights, full.dtype),
+        backend=backend,
         max_batch_size=full.max_batch_size,
     )
     for name, value in full.named_parameters():
@@ -115,8 +117,10 @@ def _fill(model: Transformer, name: str, value: Tensor) -> None:
     if form is None:
         model.get_parameter(name).copy_(value)
         return
-    for kept, tensor in zip(
-        model.get_submodule(name).tensors, quantise(value, form.codes, form.group_size), strict=True
-    ):
-        if kept is not None:
-            kept.copy_(tensor)
+    weight = model.get_submodule(name).tensors
+    # One expert at a time: rounding takes several times the bytes of what it rounds.
+    for index in range(len(value)) if value.dim() == 3 else [slice(None)]:
+        rounded = quantise(value[index], form.codes, form.group_size)
+        for kept, tensor in zip(weight.part(index), rounded, strict=True):
+            if kept is not None:
+                kept.copy_(tensor)
