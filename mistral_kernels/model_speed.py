@@ -70,7 +70,8 @@ def measure_speed(
         inter_token_ms: median and p99 over the steps of all runs;
         peak_memory_bytes: see `device_peak_bytes`.
         prefill and decode also have bandwidth_fraction and matmul_fraction: the bytes and the
-        operations that they need at least (`step_work`) over what the limits allow in that time.
+        operations that they need at least (`step_work`) over what the limits allow in that time;
+        above 1 where what is read lies in a cache.
 
     Raises:
         RuntimeError: logits are not finite, or memory runs out.

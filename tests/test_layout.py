@@ -45,7 +45,7 @@ RANKS |= dict.fromkeys(("checkpoint_info", "free_memory"), 3)
 RANKS |= dict.fromkeys(("options", "option_groups", "lora_options"), 3)
 RANKS |= dict.fromkeys(("text_input", "continuation", "rates", "evaluation"), 3)
 RANKS |= dict.fromkeys(("environment", "machine_limits", "peak_memory", "whole_file"), 3)
-RANKS |= dict.fromkeys(("bench", "bench_options", "model_speed"), 3)
+RANKS |= dict.fromkeys(("bench", "bench_options", "bench_subject", "model_speed"), 3)
 
 
 def sources(folder: str, *endings: str) -> list[Path]:
