@@ -1,5 +1,6 @@
 """Who serves a call: the policy of `ops.dispatch`, as a pure function, and its errors."""
 
+import functools
 import inspect
 import os
 import subprocess
@@ -186,6 +187,34 @@ def test_a_bound_op_may_leave_every_choice_open(monkeypatch):
     assert called == []
     bound(x, weight, 0.0)
     assert called == ["auto"], "autograd must see the op"
+
+
+def test_a_public_call_goes_past_the_dispatcher_where_nobody_would_notice(monkeypatch):
+    """An argument that is more than its memory, and whoever intercepts, still meets the op."""
+    row, dispatched = dispatch.OPS["silu_mul"], []
+    reference = row["reference"].run
+
+    def spy(gate_up):
+        dispatched.append(any(frame.filename == torch._ops.__file__ for frame in inspect.stack()))
+        return reference(gate_up)
+
+    monkeypatch.setitem(row, "reference", dispatch.Cell(spy))
+    silu_mul = functools.partial(ops.silu_mul, backend="reference")
+    x = torch.randn(4, 8)
+    mirrored = torch._neg_view(-x)  # as conj().imag gives them: memory holds -x
+    expected = silu_mul(x)
+    assert dispatched.pop(), "autograd must see the op"
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            torch.testing.assert_close(silu_mul(x), expected)
+            assert not dispatched.pop()
+            torch.testing.assert_close(silu_mul(mirrored), expected)
+            with torch.overrides.BaseTorchFunctionMode():
+                silu_mul(x)
+            assert dispatched == [True, True]
+            torch.testing.assert_close(torch.vmap(silu_mul)(x[:, None])[:, 0], expected)
+            assert silu_mul(x.to("meta")).is_meta
+            dispatched.clear()
 
 
 def test_reference_is_always_available():
