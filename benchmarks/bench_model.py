@@ -33,6 +33,12 @@ BF16_TOKENS = (
     512  # longest prompt in bfloat16, which takes thrice the time without its instructions
 )
 
+# Columns of a shape that ModelConfig has too.
+CONFIG_SIZES = (
+    *("layers", "hidden", "q_heads", "kv_heads"),
+    *("head_dim", "ffn_dim", "experts", "vocab"),
+)
+
 
 class Shape(NamedTuple):
     context: int  # tokens in the cache
@@ -72,20 +78,21 @@ SHAPES = {
 }
 
 
-def random_model(shape: Shape, dtype: torch.dtype) -> Transformer:
-    """A model of that shape on the CPU."""
-    sizes = shape._asdict()
-    for name in ("context", "tokens", "window", "format"):
-        sizes.pop(name, None)
-    config = ModelConfig(
-        **sizes,
+def config_of(shape: NamedTuple) -> ModelConfig:
+    """The configuration of which a benchmark's shape has the sizes; one window for all layers."""
+    return ModelConfig(
+        **{name: getattr(shape, name) for name in CONFIG_SIZES},
         norm_eps=1e-5,
         rope_theta=1e4,
         windows=(shape.window,) * shape.layers,
         top_k=min(2, shape.experts),
         interleaved=False,
     )
-    return random_weights.random_model(config, dtype=dtype)
+
+
+def random_model(shape: Shape, dtype: torch.dtype) -> Transformer:
+    """A model of that shape on the CPU."""
+    return random_weights.random_model(config_of(shape), dtype=dtype)
 
 
 def work_of(model: Transformer, shape: Shape) -> Work:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from benchmarks.growth import MISSING, exponent
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -18,7 +19,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 PLOT = RESULTS.with_name("prefill_attention.png")
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 HEADER = "| case | against | wanted | float32 | bfloat16 |"
-MISSING = "not measured"
 DTYPES = ("float32", "bfloat16")  # the last two columns
 LENGTHS = ("2k", "4k", "8k", "16k")  # of the plot and the exponents
 
@@ -112,12 +112,6 @@ def duration(us: float) -> str:
     raise AssertionError("the last unit takes any time")
 
 
-def exponent(points: list[tuple[float, float]]) -> float:
-    """Return the power of x with which y grows: the slope of log y over log x."""
-    x, y = ([math.log(value) for value in values] for values in zip(*points, strict=True))
-    return statistics.linear_regression(x, y).slope
-
-
 def _attention(results: dict[str, Any]) -> list[dict[str, Any]]:
     rows = (
         find(results, "prefill_attention", f"small-{length}-w512", "float32") for length in LENGTHS
@@ -129,11 +123,11 @@ def _scaling(results: dict[str, Any]) -> str:
     rows = _attention(results)
     if len(rows) < len(LENGTHS):
         return ""
-    time = exponent([(row["tokens"], row["median_us"]) for row in rows])
+    time = exponent([(row["tokens"], row["median_us"]) for row in rows]).exponent
     text = f"From 2k to 16k tokens the time of windowed attention grows as tokens^{time:.2f}"
     memory = [(row["tokens"], row["peak_bytes"]) for row in rows if row.get("peak_bytes")]
     if len(memory) == len(rows):
-        text += f", its memory (output and scratch) as tokens^{exponent(memory):.2f}"
+        text += f", its memory (output and scratch) as tokens^{exponent(memory).exponent:.2f}"
     return f"{text}: ![time over tokens]({PLOT.relative_to(ROOT)})"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,18 +10,27 @@ from pathlib import Path
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CPU = torch.device("cpu")
 RESET_PEAK = "5"  # to clear_refs: VmHWM starts again at VmRSS
 
 
-def peak_bytes(call: Callable[[], object]) -> int | None:
-    """Return the growth of this process's resident memory at its peak during `call`.
+def peak_bytes(call: Callable[[], object], device: torch.device = CPU) -> int | None:
+    """Return by how much the memory of a device in use grows at its peak during `call`.
 
-    Outputs and scratch together. None where the kernel does not tell (not Linux, or a sandbox).
-    Blocks of the C library's heap that are resident before the call are not seen again, but torch
-    takes large tensors from fresh pages.
+    Outputs and scratch together. On the CPU that of this process, None where the kernel does not
+    tell (not Linux, or a sandbox).
     """
-    before = _resident("VmRSS") if STATUS.exists() else 0
-    peak = device_peak_bytes(call, torch.device("cpu"))
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+    elif STATUS.exists():
+        # What an earlier call freed stays resident in glibc's heap, and would not be seen again.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+        before = _resident("VmRSS")
+    else:
+        before = 0
+    peak = device_peak_bytes(call, device)
     return None if peak is None else peak - before
 
 

@@ -85,7 +85,6 @@ def test_the_reference_and_fewer_layers_are_said():
 
 
 def test_growth_is_fitted():
-    assert report.exponent([(1, 5), (2, 20), (4, 80)]) == pytest.approx(2)
     text = report.section(results(*attention(1.5)))
     assert "tokens^1.50" in text and "scratch) as tokens^1.00" in text
     assert "tokens^" not in report.section(results(*attention(1.5)[:3]))

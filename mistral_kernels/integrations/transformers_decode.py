@@ -32,7 +32,8 @@ from mistral_kernels.integrations.transformers_forwards import (
     norm_forward,
     router_forward,
 )
-from mistral_kernels.ops.dispatch import BoundOp, device_capability, prefer, watched
+from mistral_kernels.ops.dispatch import BoundOp, device_capability, prefer
+from mistral_kernels.ops.watched import watched
 
 OPS = ("linear", "rms_norm", "add_rms_norm", "rope_", "silu_mul", "route_experts", "expert_mlp")
 HALF_SPLIT = (False, None)  # interleaved, q_scale

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+
+from mistral_kernels.ops.watched import any_watched, watched
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 OR_AUTO = " or auto"  # behind a backend's name: a preference
@@ -210,28 +211,6 @@ def prefer(op: str, *, backend: str, **call) -> str:
     return choose(op, backend=backend, **call)
 
 
-def watched(x: Tensor) -> bool:
-    """Whether a call with x must pass torch's dispatcher: for a gradient, for somebody who traces,
-    profiles or intercepts, or because x is more than its memory."""
-    return (
-        torch.compiler.is_dynamo_compiling()
-        or torch.is_grad_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch._C._is_tracing()
-        or torch.autograd._profiler_enabled()
-        or type(x) is not Tensor
-    )
-
-
-def _more_than_memory(value: object) -> bool:
-    """Whether a tensor is not what its memory holds: of a view by conj().imag that is -x."""
-    return isinstance(value, Tensor) and (
-        type(value) not in (Tensor, Parameter) or value.is_neg() or value.is_meta
-    )
-
-
 class BoundOp:
     """An op for a caller whose arguments are known to fit: a model.
 
@@ -328,8 +307,7 @@ def define(
 
     def call(*inputs):
         # Past torch's dispatcher, which takes 8 us of a call (Xeon at 2.5 GHz), where it can.
-        dispatched = watched(inputs[0]) or any(map(_more_than_memory, inputs))
-        return (op if dispatched else run)(*inputs)
+        return (op if any_watched(inputs) else run)(*inputs)
 
     return call
 
