@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.bench_model import config_of
-from benchmarks.model_calls import decode_steps, used_cache, whole_prompts
+from benchmarks.model_calls import decode_steps, read_prompts, used_cache
 from benchmarks.timing import Work
 from mistral_kernels import Transformer, ops
 from mistral_kernels.model.cache import KVCache
@@ -112,7 +112,7 @@ def attention(bench, shape: Shape, place: dict[str, Any]) -> dict[str, Any]:
 def prefill(bench, shape: Shape, place: dict[str, Any]) -> dict[str, Any]:
     config = config_of(shape)
     models = [random_model(config, **place) for config in (config, without_window(config))]
-    ours, theirs = (whole_prompts(model, 1, shape.tokens) for model in models)
+    ours, theirs = (read_prompts(model, 1, shape.tokens) for model in models)
     work = Work(*step_work(config, dtype=place["dtype"], context=0, tokens=shape.tokens))
     return bench(ours, tuple, work, {FULL: theirs}, compare=False, rounds=ROUNDS)
 

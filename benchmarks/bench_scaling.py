@@ -1,7 +1,7 @@
 """Time and memory of prefill and decode over tokens, batch and experts; `growth` fits exponents.
 
 Small models with random weights, a window of 512 in every layer, so that 128k tokens take seconds:
-DENSE has 1.1M weights a layer, an expert of MIXTURE 2.8M. A prompt is fed whole, to a new cache; a
+DENSE has 1M weights a layer, an expert of MIXTURE 2.8M. Prompts are read as `generate` does; a
 decode step goes on from a full ring. `memory_bytes` is what a prefill takes at its peak beyond the
 weights, its cache included; of decode it is the cache.
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.bench_model import config_of
-from benchmarks.model_calls import decode_steps, used_cache, whole_prompts
+from benchmarks.model_calls import decode_steps, read_prompts, used_cache
 from benchmarks.timing import Work
 from mistral_kernels.model.random_weights import random_model
 from mistral_kernels.model.step_work import step_work
@@ -72,7 +72,8 @@ SHAPES = {
 def test_scaling(bench, device, shape, dtype):
     if device == "cpu" and dtype != torch.float32:
         pytest.skip("growth is fitted in float32")
-    model = random_model(config_of(shape), dtype=dtype, device=device)
+    place = {"dtype": dtype, "device": device}
+    model = random_model(config_of(shape), **place, max_batch_size=shape.batch)
     size = {"context": shape.context, "tokens": shape.tokens, "batch": shape.batch}
     work = Work(*step_work(model.config, dtype=dtype, **size))
     if shape.tokens == 1:
@@ -81,7 +82,7 @@ def test_scaling(bench, device, shape, dtype):
         row = bench(call, tuple, work, {}, steps=STEPS)
         row["memory_bytes"] = cache.nbytes
         return
-    call = whole_prompts(model, shape.batch, shape.tokens)
+    call = read_prompts(model, shape.batch, shape.tokens)
     rounds = LONG_ROUNDS if shape.batch * shape.tokens >= LONG_TOKENS else None
     row = bench(call, tuple, work, {}, rounds=rounds)
     row["memory_bytes"] = peak_bytes(call, torch.device(device))

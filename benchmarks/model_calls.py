@@ -1,21 +1,21 @@
-"""Calls of a whole model that cost the same each time: whole prompts, and decode steps."""
+"""Calls of a whole model that cost the same each time: prompts, and decode steps."""
 
 from collections.abc import Callable
 
 import torch
 
-from mistral_kernels import Transformer
+from mistral_kernels import Transformer, generate
 from mistral_kernels.model.cache import KVCache
 
 
-def whole_prompts(model: Transformer, batch: int, tokens: int) -> Callable[[], torch.Tensor]:
-    """Return a call that feeds `batch` random prompts of `tokens` to a new cache.
+def read_prompts(model: Transformer, batch: int, tokens: int) -> Callable[[], torch.Tensor]:
+    """Return a call that reads `batch` random prompts of `tokens` as `generate` does by itself.
 
-    Its result is the logits of their last tokens, (batch, vocab).
+    It draws one token of each; its result is their logprobs, (batch, 1). The model takes `batch`
+    sequences at once.
     """
-    prompts = torch.randint(model.config.vocab, (batch * tokens,), device=model.device)
-    seqlens = [tokens] * batch
-    return lambda: model.forward(prompts, seqlens, model.new_cache(batch, tokens), last_only=True)
+    prompts = torch.randint(model.config.vocab, (batch, tokens)).tolist()
+    return lambda: torch.tensor(generate(prompts, model, max_tokens=1)[1])
 
 
 def used_cache(model: Transformer, batch: int, context: int, room: int) -> KVCache:
@@ -32,18 +32,16 @@ def used_cache(model: Transformer, batch: int, context: int, room: int) -> KVCac
 
 
 def decode_steps(model: Transformer, cache: KVCache, steps: int) -> Callable[[], torch.Tensor]:
-    """Return a call that feeds each sequence `steps` random tokens, one by one, and forgets them.
+    """Return a call in which `generate` feeds each sequence `steps` tokens, and forgets them.
 
-    Its result is the last step's logits, (batch, vocab). The cache has room for `steps` tokens.
+    The first is random. The result is the logprobs of what was drawn, (batch, steps). The cache has
+    room for `steps` tokens.
     """
-    shape = (steps, cache.batch)
-    tokens = torch.randint(model.config.vocab, shape, device=model.device)
-    one_each = [1] * cache.batch
+    prompts = torch.randint(model.config.vocab, (cache.batch, 1)).tolist()
 
     def call() -> torch.Tensor:
-        for row in tokens:
-            logits = model.forward(row, one_each, cache)
+        logprobs = generate(prompts, model, max_tokens=steps, cache=cache)[1]
         cache.rollback(steps)
-        return logits
+        return torch.tensor(logprobs)
 
     return call
