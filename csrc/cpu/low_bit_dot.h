@@ -181,27 +181,28 @@ inline void pack_in_code_order(int rows, int64_t in, const int32_t* perm, Row&& 
 // scale: a group of columns, or one vector of words where that holds several groups.
 template <typename Format>
 struct Groups {
-  // Scales of a span that a row has: one a lane, or one, as a group of 8-bit codes is whole
-  // vectors, or the row.
-  static constexpr int kScales = Format::kParts > 1 ? kLanes : 1;
-
   Groups(int64_t in, int64_t group_size) : count(in / group_size), span(group_size) {
-    if (kScales > 1 && count > 1 && group_size % Format::kStep != 0) span = Format::kStep;
-    spans = (in + span - 1) / span;
-    for (int64_t column = 0; kScales > 1 && column < round_up(in, Format::kStep);
-         column += kWordCodes) {
-      // Codes behind the last column are multiplied with 0: any scale that is a number will do.
-      of_word.push_back(static_cast<uint32_t>(std::min(column / group_size, count - 1)));
+    if (Format::kParts > 1 && count > 1 && group_size % Format::kStep != 0) span = Format::kStep;
+    for (int64_t column = 0; column < in; column += span) {
+      const int64_t first = column / group_size;
+      Words group_of = {};
+      for (int lane = 0; lane < kLanes && span != group_size; ++lane) {
+        // Codes behind the last column are multiplied with 0: any scale that is a number will do.
+        const int64_t group = (column + lane * kWordCodes) / group_size;
+        group_of[lane] = static_cast<uint32_t>(std::min(group, count - 1) - first);
+      }
+      spans.push_back({first, group_of});
     }
   }
 
-  int64_t count;                  // groups of a row
-  int64_t span;                   // columns of a span
-  int64_t spans;                  // of a row
-  std::vector<uint32_t> of_word;  // the group of each word, where kScales > 1
+  struct Span {
+    int64_t first;  // its first group
+    Words lanes;    // the group of each lane, counted from there
+  };
 
-  // Floats of the scales of kLanes rows, as `spread` lays them out.
-  int64_t spread_floats() const { return spans * kLanes * kScales; }
+  int64_t count;  // groups of a row
+  int64_t span;   // columns of a span
+  std::vector<Span> spans;
 };
 
 // Lane i is from[lanes[i]].
@@ -215,26 +216,6 @@ inline Floats look_up(const float* from, Words lanes) {
 #endif
 }
 
-// From (rows, groups.count), a vector behind it readable, to (groups.spans, kLanes, kScales), in
-// the order in which `dot` comes by.
-template <typename Format>
-void spread(const Groups<Format>& groups, int64_t rows, const float* from, float* to) {
-  for (int64_t span = 0; span < groups.spans; ++span) {
-    float* row_of_span = to + span * kLanes * Groups<Format>::kScales;
-    if constexpr (Groups<Format>::kScales == 1) {
-      for (int64_t row = 0; row < rows; ++row) row_of_span[row] = from[row * groups.count + span];
-    } else {
-      const uint32_t* of_word = groups.of_word.data() + span * groups.span / kWordCodes;
-      Words lanes;
-      std::memcpy(&lanes, of_word, sizeof(lanes));
-      lanes -= *of_word;
-      for (int64_t row = 0; row < rows; ++row) {
-        store(row_of_span + row * kLanes, look_up(from + row * groups.count + *of_word, lanes));
-      }
-    }
-  }
-}
-
 // kLanes rows of a weight, from `data` on; only the first `count` exist.
 template <typename Format>
 struct LowBitRows {
@@ -242,23 +223,24 @@ struct LowBitRows {
   int64_t stride;
   int64_t count;
   const Groups<Format>& groups;
-  const float* scales;  // as `spread` lays them out
-  const float* zeros;   // likewise, null without Format::kZeros
+  const float* scales;  // (kLanes, groups.count), a vector behind them readable
+  const float* zeros;   // likewise; garbage without Format::kZeros
 
   // Walks from span to span.
   class Walk {
    public:
-    Walk(const LowBitRows& rows, int64_t first)
-        : size_(rows.groups.span), scales_(rows.scales), zeros_(rows.zeros) {
-      const int64_t span = first == 0 ? 0 : first / size_;
-      end_ = (span + 1) * size_;
-      step(span);
-    }
+    Walk(const LowBitRows& rows, int64_t row, int64_t column)
+        : count_(rows.groups.count),
+          size_(rows.groups.span),
+          end_((column / size_ + 1) * size_),
+          span_(&rows.groups.spans[column / size_]),
+          scales_(rows.scales + row * count_),
+          zeros_(rows.zeros + row * count_) {}
 
     int64_t stop(int64_t column, int64_t limit) {
       if (column == end_) {
         end_ += size_;
-        step(1);
+        ++span_;
       }
       return std::min(limit, end_);
     }
@@ -268,17 +250,14 @@ struct LowBitRows {
     }
 
    private:
-    void step(int64_t spans) {
-      scales_ += spans * kLanes * Groups<Format>::kScales;
-      if constexpr (Format::kZeros) zeros_ += spans * kLanes * Groups<Format>::kScales;
-    }
-    static Floats of_row(const float* values, int row) {
-      if constexpr (Groups<Format>::kScales == 1) return broadcast(values[row]);
-      return load(values + row * kLanes);
+    Floats of_row(const float* values, int row) const {
+      return look_up(values + span_->first + row * count_, span_->lanes);
     }
 
+    const int64_t count_;
     const int64_t size_;
     int64_t end_;
+    const typename Groups<Format>::Span* span_;
     const float* scales_;
     const float* zeros_;
   };
@@ -287,7 +266,7 @@ struct LowBitRows {
 // Floats of memory that `low_bit_rows` wants.
 template <typename Format>
 inline int64_t scales_floats(const Groups<Format>& groups) {
-  return (Format::kZeros ? 2 : 1) * groups.spread_floats() + kLanes * groups.count + kLanes;
+  return (Format::kZeros ? 2 : 1) * kLanes * (groups.count + 1);
 }
 
 // Rows first .. first + count - 1 (kLanes at most) of a weight, counted over all experts. Their
@@ -299,29 +278,21 @@ LowBitRows<Format> low_bit_rows(const LowBit& weight, const Groups<Format>& grou
   count = std::min<int64_t>(count, kLanes);
   const int64_t stride = in / Format::kCodes;
   const int64_t begin = first * groups.count, size = count * groups.count;
-  float* scales = scratch;
-  float* zeros = scales + groups.spread_floats();
-  float* values = zeros + Format::kZeros * groups.spread_floats();
+  float* zeros = scratch + kLanes * (groups.count + 1);
   with_dtype(weight.scale_dtype, [&](auto element) {
     const auto* from = static_cast<const decltype(element)*>(weight.scales) + begin;
     for_vectors(size, [&](int64_t i, int64_t left) {
-      store(values + i, load(from + i, left) * Format::kUnit);
+      store(scratch + i, load(from + i, left) * Format::kUnit);
     });
   });
-  spread(groups, count, values, scales);
   if constexpr (Format::kZeros) {
     const auto* from = static_cast<const typename Format::Zero*>(weight.zeros) + begin;
     for (int64_t i = 0; i < size; ++i) {
-      values[i] = weight.zeros == nullptr ? 0 : Format::kZero - from[i];
+      zeros[i] = weight.zeros == nullptr ? 0 : Format::kZero - from[i];
     }
-    spread(groups, count, values, zeros);
   }
-  return {static_cast<const Element*>(weight.qweight) + first * stride,
-          stride,
-          count,
-          groups,
-          scales,
-          zeros};
+  const auto* data = static_cast<const Element*>(weight.qweight) + first * stride;
+  return {data, stride, count, groups, scratch, zeros};
 }
 
 }  // namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH
