@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import mistral_kernels
 from mistral_kernels.info import instruction_set, version
 
 
@@ -22,6 +23,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instruction_set": instruction_set(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "mistral_kernels": mistral_kernels.__version__,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "triton", "transformers")},
         "date": datetime.date.today().isoformat(),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from command_line import Ended, assert_refused, run_cli
 
-from mistral_kernels import ModelConfig, bench, machine_limits
+from mistral_kernels import ModelConfig, __version__, bench, machine_limits
 from mistral_kernels.bench_subject import first_layers
 from mistral_kernels.machine_limits import Limits
 from mistral_kernels.model import TINY_MIXTRAL, families
@@ -59,6 +59,7 @@ def test_the_figures_of_the_embedded_model_agree_with_each_other():
     assert (facts["dtype"], facts["weights"], facts["device"]) == ("bfloat16", "bfloat16", "cpu")
     assert facts["limits"].keys() == {*Limits._fields, "matmul_dtype"}
     assert facts["environment"]["torch"] == torch.__version__
+    assert facts["environment"]["mistral_kernels"] == __version__
     assert facts["backends"]["decode_attention"] in ("cpu", "reference")
 
 
