@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from benchmarks.bench_model import config_of
@@ -81,6 +82,8 @@ SHAPES = {
 
 def test_headlines(bench, device, case, shape, dtype):
     name = case.split("-")[0]
+    if device == "cpu" and dtype != torch.float32 and name in ("attention", "prefill"):
+        pytest.skip("long prompts run in float32 on the CPU")
     row = MEASURES[name](bench, shape, {"device": torch.device(device), "dtype": dtype})
     row["published"], row["source"] = PUBLISHED[name]
     if "ours" not in row and "peers" in row:  # without peers nothing was timed
