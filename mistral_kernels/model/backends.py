@@ -33,6 +33,23 @@ def choose_backends(
     Raises:
         ValueError: no such backend.
     """
+    found = op_backends(config, device=device, dtype=dtype, backend=backend, low_bit=low_bit)
+    return {op: names.pop() if len(names) == 1 else "auto" for op, names in found.items()}
+
+
+def op_backends(
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    low_bit: Mapping[str, LowBitForm] | None = None,
+) -> dict[str, set[str]]:
+    """Tells all that serve each op of a model, one for each kind of weights; as `choose_backends`.
+
+    Raises:
+        ValueError: no such backend.
+    """
     if backend not in ("auto", *dispatch.BACKENDS):
         raise ValueError(
             f"Transformer: backend must be 'auto' or one of {dispatch.BACKENDS}, got {backend!r}"
@@ -45,12 +62,11 @@ def choose_backends(
         feed_forward.append("expert_mlp")
     attention = ("rope_", "store_kv_", "prefill_attention", "decode_attention")
     ops = ("rms_norm", "add_rms_norm", "linear", *attention, *feed_forward)
-    chosen = {op: dispatch.prefer(op, **call, backend=backend) for op in ops}
+    found = {op: {dispatch.prefer(op, **call, backend=backend)} for op in ops}
     for op, facts in weights:
         call["facts"] = facts
-        found = dispatch.prefer(op, **call, backend=backend)
-        chosen[op] = found if chosen.get(op, found) == found else "auto"
-    return chosen
+        found.setdefault(op, set()).add(dispatch.prefer(op, **call, backend=backend))
+    return found
 
 
 def _low_bit_facts(

@@ -7,7 +7,7 @@ window gets a ring of `max_tokens` slots, which never wraps: the model refuses t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from mistral_kernels.ops.checks import check_int, is_int
 from mistral_kernels.ops.decode_attention import decode_attention_workspace_bytes
 from mistral_kernels.ops.dispatch import BoundOp
 from mistral_kernels.ops.ring import has_overwritten
+
+if TYPE_CHECKING:
+    from mistral_kernels.model.decode_step import DecodeSteps
 
 PAGE_ALIGNMENT = 16  # a page is a multiple of the kernels' smallest key tile
 MOST_TOKENS = 2**31 - 1  # positions are int32
@@ -55,7 +58,8 @@ class KVCache:
         lengths: tokens of each sequence so far; the next one gets this position. A step that is
             interrupted counts for nothing; if it has spoilt a place, the next step refuses that.
         starts: first position that each sequence may see; set it after left padding.
-        layers: one LayerCache a layer.
+        layers: one LayerCache a layer; those with as many pages share one block table.
+        decode_steps: what `generate` keeps of its decode steps, on a GPU their CUDA graphs.
 
     Raises:
         ValueError, TypeError: a size is out of range.
@@ -84,6 +88,8 @@ class KVCache:
         self.lengths = [0] * batch
         self.starts = [0] * batch
         self._written = [0] * batch  # highest length reached: slots up to it were overwritten
+        self.decode_steps: DecodeSteps | None = None
+        self._tables: dict[int, Tensor] = {}  # pages a sequence -> their block table
         layers = [
             self._new_layer(config, window, page_size, device, dtype) for window in config.windows
         ]
@@ -116,8 +122,13 @@ class KVCache:
                 ).transpose(1, 2)
                 for _ in range(2)
             )
-            table = torch.arange(pages, dtype=torch.int32, device=device)
-            return LayerCache(k, v, table.view(self.batch, pages_per_seq), window)
+            if pages_per_seq not in self._tables:
+                table = torch.arange(pages, dtype=torch.int32, device=device)
+                self._tables[pages_per_seq] = table.view(self.batch, pages_per_seq)
+            return LayerCache(k, v, self._tables[pages_per_seq], window)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"decode_steps": None}  # a copy's steps would write into this cache
 
     @property
     def nbytes(self) -> int:

@@ -5,6 +5,9 @@ its prompt, fed in chunks, later the token it has just drawn. A step feeds every
 piece; places whose piece was the last draw a token. A place that is done takes the next waiting
 prompt.
 
+A step in which every place feeds one token and draws the next is a `decode_step`; all others, those
+that read prompts, are calls of `forward`.
+
 A step is fed and counted by the cache before its tokens are handed out, and between two steps
 nothing is under way: there the loop may be left for good (cancelled, closed, interrupted).
 """
@@ -15,49 +18,18 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mistral_kernels.model.cache import KVCache
-from mistral_kernels.model.generate_checks import (
-    Prompt,
-    Settings,
-    check_places,
-    check_prompts,
-    seeds_of,
-    token_ids,
-    tokenizer_for,
-)
-from mistral_kernels.model.sampling import logprobs_of, sample, uniform_draw
-from mistral_kernels.model.stop_text import StopText
+from mistral_kernels.model.decode_step import Fed, decode
+from mistral_kernels.model.generate_checks import Prompt, Settings
+from mistral_kernels.model.generated_sequence import GeneratedSequence, checked_sequences
+from mistral_kernels.model.sampling import logprobs_of, sample
 from mistral_kernels.model.transformer import Transformer
 
-if TYPE_CHECKING:
-    from mistral_kernels.model.tokenizer import TextStream
-
 Event = tuple[int, int, float]  # sequence, token, logprob
-
-
-@dataclass
-class _Sequence:
-    """A sequence in its place: what it must still be fed, how far it has drawn, where it ends."""
-
-    index: int
-    pending: list[int]
-    seed: int
-    eos_id: int | None
-    text: TextStream | None  # of the new tokens; None without stop strings
-    stop: StopText
-    drawn: int = 0
-
-    def stops_at(self, token: int) -> bool:
-        """Takes a new token; tells whether the text of all of them now holds a stop string."""
-        if self.text is not None:
-            self.stop.push(self.text.push(token))
-        return self.stop.stopped
 
 
 def stream(
@@ -85,7 +57,9 @@ def stream(
     settings = Settings(
         max_tokens, temperature, top_p, top_k, chunk_size, eos_id, prompt_logprobs, stop, cancel
     )
-    return _run(model, _sequences(encoded_prompts, model, settings, seed, cache), settings, cache)
+    return _run(
+        model, checked_sequences(encoded_prompts, model, settings, seed, cache), settings, cache
+    )
 
 
 def generate(
@@ -150,7 +124,7 @@ def generate(
     settings = Settings(
         max_tokens, temperature, top_p, top_k, chunk_size, eos_id, prompt_logprobs, stop, cancel
     )
-    sequences = _sequences(encoded_prompts, model, settings, seed, cache)
+    sequences = checked_sequences(encoded_prompts, model, settings, seed, cache)
     # A prompt's own tokens, which stream yields in front, are not returned.
     own = [len(sequence.pending) - 1 if prompt_logprobs else 0 for sequence in sequences]
     tokens: list[list[int]] = [[] for _ in sequences]
@@ -163,49 +137,15 @@ def generate(
     return [row[n:] for row, n in zip(tokens, own, strict=True)], logprobs
 
 
-def _sequences(
-    encoded_prompts: Sequence[Prompt],
-    model: Transformer,
-    settings: Settings,
-    seed: int | Sequence[int] | None,
-    cache: KVCache | None,
-) -> list[_Sequence]:
-    """The prompts, ready to run. All arguments are checked here, before anything is fed."""
-    settings.check(model)
-    check_prompts(encoded_prompts)
-    if cache is not None:
-        check_places(cache, model, len(encoded_prompts))
-    seeds = seeds_of(seed, len(encoded_prompts))
-    sequences = []
-    for index, prompt in enumerate(encoded_prompts):
-        fresh = cache is None or cache.lengths[index] == 0
-        ids = token_ids(prompt, model, f"encoded_prompts[{index}]", bos=fresh)
-        eos_id = settings.eos_id
-        if eos_id is None and isinstance(prompt, str):
-            eos_id = model.tokenizer.eos_id
-        text = _new_text(model) if settings.stop else None
-        sequences.append(_Sequence(index, ids, seeds[index], eos_id, text, StopText(settings.stop)))
-    if cache is not None:
-        # The last token drawn is not fed.
-        fed = [len(s.pending) + max(settings.max_tokens - 1, 0) for s in sequences]
-        cache.check_room(fed, "generate: cache")
-    return sequences
-
-
-def _new_text(model: Transformer) -> TextStream:
-    """The text of new tokens, which follow a prompt."""
-    tokenizer = tokenizer_for(model, "stop")
-    from mistral_kernels.model.tokenizer import TextStream  # loads mistral-common
-
-    return TextStream(tokenizer, continued=True)
-
-
 def _run(
-    model: Transformer, sequences: list[_Sequence], settings: Settings, cache: KVCache | None
+    model: Transformer,
+    sequences: list[GeneratedSequence],
+    settings: Settings,
+    cache: KVCache | None,
 ) -> Iterator[Event]:
     if not sequences:
         return
-    places: list[_Sequence | None]
+    places: list[GeneratedSequence | None]
     if cache is not None:
         places, waiting = list(sequences), deque()
     elif settings.max_tokens == 0 and not settings.prompt_logprobs:
@@ -225,12 +165,25 @@ def _run(
 
 
 def _step(
-    model: Transformer, cache: KVCache, places: list[_Sequence | None], settings: Settings
+    model: Transformer,
+    cache: KVCache,
+    places: list[GeneratedSequence | None],
+    settings: Settings,
 ) -> Iterator[Event]:
     """Feeds every place its next piece, frees places that are done, yields what was found out."""
-    pieces = [sequence.pending[: settings.chunk_size] if sequence else [] for sequence in places]
+    live = [(place, sequence) for place, sequence in enumerate(places) if sequence is not None]
     # A prompt's logprobs need the logits of all its rows.
-    scored = settings.prompt_logprobs and any(s and s.drawn == 0 for s in places)
+    scored = settings.prompt_logprobs and any(s.drawn == 0 for _, s in live)
+    each_draws = settings.max_tokens and all(len(s.pending) == 1 for _, s in live)
+    # A forward that the caller has replaced or compiled is called.
+    own_forward = getattr(model.forward, "__func__", None) is Transformer.forward
+    if each_draws and own_forward and not scored:
+        fed = [Fed(at, *s.pending, s.draw(settings.temperature)) for at, s in live]
+        drawn = decode(model, cache, fed, settings.sampling)
+        yield from _events([place for place, _ in live], *drawn, places, settings)
+        return
+
+    pieces = [sequence.pending[: settings.chunk_size] if sequence else [] for sequence in places]
     input_ids = torch.tensor([token for piece in pieces for token in piece], device="cpu")
     with torch.inference_mode():
         logits = model.forward(input_ids, [len(p) for p in pieces], cache, last_only=not scored)
@@ -238,9 +191,8 @@ def _step(
     drawing: list[int] = []  # places whose pending tokens are all fed
     rows: list[int] = []  # and the rows of logits that they draw from
     begin = 0
-    for place, (sequence, piece) in enumerate(zip(places, pieces, strict=True)):
-        if sequence is None:
-            continue
+    for place, sequence in live:
+        piece = pieces[place]
         if scored and sequence.drawn == 0:
             events += _prompt_events(sequence, logits[begin : begin + len(piece)])
         begin += len(piece)
@@ -253,26 +205,33 @@ def _step(
 
 
 def _draw(
-    logits: Tensor, drawing: list[int], places: list[_Sequence | None], settings: Settings
+    logits: Tensor,
+    drawing: list[int],
+    places: list[GeneratedSequence | None],
+    settings: Settings,
 ) -> list[Event]:
     """Draws one token for each place in `drawing`, from its row of logits."""
-    sequences = [places[place] for place in drawing]
     if settings.max_tokens == 0:
         for place in drawing:
             places[place] = None
         return []
-    tokens = sample(
-        logits,
-        [uniform_draw(s.seed, s.drawn) if settings.temperature else 0.0 for s in sequences],
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-    )
-    drawn = zip(
-        drawing, sequences, tokens.tolist(), logprobs_of(logits, tokens).tolist(), strict=True
-    )
+    draws = [places[place].draw(settings.temperature) for place in drawing]
+    tokens = sample(logits, draws, **settings.sampling._asdict())
+    logprobs = logprobs_of(logits, tokens)
+    return _events(drawing, tokens.tolist(), logprobs.tolist(), places, settings)
+
+
+def _events(
+    drawing: list[int],
+    tokens: list[int],
+    logprobs: list[float],
+    places: list[GeneratedSequence | None],
+    settings: Settings,
+) -> list[Event]:
+    """Hands each place in `drawing` the token that it drew, and frees those that are done."""
     events = []
-    for place, sequence, token, logprob in drawn:
+    for place, token, logprob in zip(drawing, tokens, logprobs, strict=True):
+        sequence = places[place]
         _check_finite(logprob, sequence.index)
         sequence.drawn += 1
         sequence.pending = [token]
@@ -285,7 +244,7 @@ def _draw(
     return events
 
 
-def _prompt_events(sequence: _Sequence, logits: Tensor) -> list[Event]:
+def _prompt_events(sequence: GeneratedSequence, logits: Tensor) -> list[Event]:
     """Logprobs of the prompt tokens that follow each row of logits, as far as the prompt goes."""
     followers = sequence.pending[1 : len(logits) + 1]
     tokens = torch.tensor(followers, dtype=torch.int64, device=logits.device)

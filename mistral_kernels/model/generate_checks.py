@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.forward_checks import check_cache
+from mistral_kernels.model.sampling import Sampling
 from mistral_kernels.model.stop_text import stop_strings
 from mistral_kernels.model.transformer import Transformer
 from mistral_kernels.ops.checks import check_int, is_int, is_number
@@ -36,6 +37,10 @@ class Settings:
     prompt_logprobs: bool
     stop: str | Sequence[str] | None
     cancel: threading.Event | None
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p)
 
     def check(self, model: Transformer) -> None:
         """Checks the model and every one of them; TypeError or ValueError names it."""

@@ -10,10 +10,19 @@ arXiv 1904.09751 (top-p).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn; the fields are those of `sample`."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float
 
 
 def uniform_draw(seed: int, step: int) -> float:
@@ -23,17 +32,17 @@ def uniform_draw(seed: int, step: int) -> float:
 
 def sample(
     logits: Tensor,
-    draws: Sequence[float],
+    draws: Sequence[float] | Tensor,
     *,
     temperature: float,
     top_k: int | None = None,
     top_p: float = 1.0,
 ) -> Tensor:
-    """One token a row.
+    """One token a row. Given `draws` on the logits' device, nothing waits for that.
 
     Args:
         logits: (rows, vocab), floating point.
-        draws: a number in [0, 1) for each row; unused when temperature is 0.
+        draws: a number in [0, 1) for each row, as a tensor float64; unused when temperature is 0.
         temperature: divides the logits; 0 takes the largest, the lowest id among equals.
         top_k: keep the k largest; None for all.
         top_p: then keep the fewest of the largest whose probabilities reach top_p.
@@ -51,7 +60,7 @@ def sample(
     # A token stays if those before it do not reach top_p yet; the first always does.
     kept = reached - probabilities < top_p
     totals = (probabilities * kept).cumsum(-1)
-    points = torch.tensor(draws, dtype=torch.float64, device=logits.device) * totals[:, -1]
+    points = torch.as_tensor(draws, dtype=torch.float64, device=logits.device) * totals[:, -1]
     chosen = torch.searchsorted(totals, points[:, None], right=True)
     last_kept = kept.sum(-1, keepdim=True) - 1  # rounding may carry a point past the end
     return order.gather(-1, chosen.clamp(max=last_kept).clamp(min=0)).squeeze(-1)

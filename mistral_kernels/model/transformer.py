@@ -55,6 +55,10 @@ class Transformer(SavableModule):
         quantisation: in words, how that stores the weights that are in few bits; None: all are in
             full.
         tokenizer: turns text into token ids and back; read from the folder at first use.
+        use_graphs: whether `generate` and `stream` replay decode steps as CUDA graphs where they
+            can; False launches them op by op, with the same results.
+        kernels: op -> the op on the backend that serves it.
+        low_bit: as given.
     """
 
     def __init__(
@@ -86,7 +90,8 @@ class Transformer(SavableModule):
         self.quantisation: str | None = None
         self.low_bit = dict(low_bit or {})
         self._tokenizer: Tokenizer | None = None
-        self._kernels: Kernels = {}
+        self.use_graphs = True
+        self.kernels: Kernels = {}
         self._tables: RopeTables | None = None
         place = {
             "device": device,
@@ -94,7 +99,7 @@ class Transformer(SavableModule):
         }
         self.tok_embeddings = parameter(config.vocab, config.hidden, **place)
         self.layers = nn.ModuleList(
-            Block(config, window, self._kernels, layer_forms(self.low_bit, n), **place)
+            Block(config, window, self.kernels, layer_forms(self.low_bit, n), **place)
             for n, window in enumerate(config.windows)
         )
         self.norm = parameter(config.hidden, **place)
@@ -181,7 +186,7 @@ class Transformer(SavableModule):
     @property
     def backends(self) -> dict[str, str]:
         """op -> the backend that serves it."""
-        return {op: kernel.backend for op, kernel in self._kernels.items()}
+        return {op: kernel.backend for op, kernel in self.kernels.items()}
 
     def set_backend(self, backend: str) -> None:
         """Prefers `backend` from now on, and notes in `backends` what serves each op.
@@ -193,7 +198,7 @@ class Transformer(SavableModule):
         chosen = choose_backends(self.config, **how, low_bit=self.low_bit)
         self.backend = backend
         # In place: the blocks share this dict.
-        self._kernels.update({op: BoundOp(op, name) for op, name in chosen.items()})
+        self.kernels.update({op: BoundOp(op, name) for op, name in chosen.items()})
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -300,7 +305,8 @@ class Transformer(SavableModule):
         batch = len(seqlens)
         lengths = [0] * batch if cache is None else cache.lengths
         starts = [0] * batch if cache is None else cache.starts
-        tables = self.rope_tables(max(map(sum, zip(lengths, seqlens, strict=True)), default=0))
+        longest = max(seqlens, default=0) if cache is None else cache.max_tokens
+        tables = self.rope_tables(longest)
         step = plan_step(seqlens, lengths, starts, cache is not None, self.device)
 
         if cache is not None and len(input_ids):
@@ -331,9 +337,9 @@ class Transformer(SavableModule):
         if last_only and step.last_rows is not ALL:
             x = _chosen_rows(x, step.last_rows)
             added = None if added is None else _chosen_rows(added, step.last_rows)
-        normed, _ = residual_norm(self._kernels, x, added, self.norm, self.config.norm_eps)
+        normed, _ = residual_norm(self.kernels, x, added, self.norm, self.config.norm_eps)
         weight = self.tok_embeddings if self.config.tied_embeddings else self.output
-        logits = self._kernels["linear"](normed, weight, BATCH_INVARIANT)
+        logits = self.kernels["linear"](normed, weight, BATCH_INVARIANT)
         return logits.to(compute_dtype(logits.dtype))
 
 

@@ -247,7 +247,7 @@ _decode_attention = define(
     "(Tensor, Tensor)",
     fake=empty_outputs,
     cells={
-        "reference": decode_attention_reference,
+        "reference": Cell(decode_attention_reference, waits=True),
         "cpu": Cell(_decode_attention_cpu),
         "triton": Cell(_decode_attention_triton, refuses=_triton_refuses),
         "cuda": Cell(_decode_attention_cuda, CUDA_DTYPES, refuses=_cuda_refuses),

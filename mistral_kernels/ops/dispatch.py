@@ -38,7 +38,7 @@ class Cell(NamedTuple):
     such as head_dim or page_size are out of its reach, or None. `auto(facts)` tells whether
     backend "auto" takes it where it can serve: False where no measurement speaks for it.
     `asks_each_call`: what it refuses differs from call to call of a model, such as the number of
-    tokens.
+    tokens. `waits`: its host reads what the device has computed, so no CUDA graph can hold it.
     """
 
     run: Callable
@@ -47,6 +47,7 @@ class Cell(NamedTuple):
     refuses: Callable[[dict[str, int]], str | None] = lambda facts: None
     auto: Callable[[dict[str, int]], bool] = lambda facts: True
     asks_each_call: bool = False
+    waits: bool = False
 
 
 OPS: dict[str, dict[str, Cell]] = {}

@@ -294,7 +294,7 @@ _expert_mlp = define(
     "Tensor",
     fake=lambda x, *_: x.new_empty(x.shape),
     cells={
-        "reference": expert_mlp_reference,
+        "reference": Cell(expert_mlp_reference, waits=True),
         "cpu": Cell(_expert_mlp_cpu, refuses=cpu_refuses),
         "triton": Cell(_expert_mlp_triton),
         "cuda": Cell(

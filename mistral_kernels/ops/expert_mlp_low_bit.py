@@ -216,7 +216,7 @@ _expert_mlp_low_bit = define(
     "Tensor",
     fake=lambda x, *_: x.new_empty(x.shape),
     cells={
-        "reference": expert_mlp_low_bit_reference,
+        "reference": Cell(expert_mlp_low_bit_reference, waits=True),
         "cpu": Cell(_expert_mlp_low_bit_cpu, refuses=cpu_refuses),
         "triton": Cell(_expert_mlp_low_bit_triton, refuses=triton_refuses),
         "cuda": Cell(

@@ -1,0 +1,133 @@
+"""CUDA graphs of decode steps: whether a model's can be captured, their memory, and their life."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from mistral_kernels.model.backends import op_backends
+from mistral_kernels.model.cache import KVCache
+from mistral_kernels.model.config import ModelConfig
+from mistral_kernels.ops.checks import compute_dtype
+from mistral_kernels.ops.dispatch import OPS
+
+if TYPE_CHECKING:
+    from mistral_kernels.model.transformer import Transformer
+
+logger = logging.getLogger("mistral_kernels")
+
+OF_PROMPTS = {"rope_", "store_kv_", "prefill_attention"}  # ops that no decode step calls
+CUBLAS_BYTES = 32 << 20  # torch's workspace of cuBLAS for one stream, on Hopper; elsewhere 8 MB
+
+
+def capture_refusal(model: Transformer, cache: KVCache) -> str | None:
+    """Why the steps of a model on a cache cannot be captured in CUDA graphs; None if they can."""
+    if not model.use_graphs:
+        return "model.use_graphs is False"
+    if model.device.type != "cuda":
+        return f"a CUDA graph needs a GPU, but the model is on {model.device}"
+    how = {"device": model.device, "dtype": model.dtype, "backend": model.backend}
+    serving = op_backends(model.config, **how, low_bit=model.low_bit)
+    for layer in cache.layers:
+        if layer.decode is not None:
+            serving["decode_attention"].add(layer.decode.backend)
+    waiting = [
+        f"{op} on {backend}"
+        for op in sorted(serving.keys() - OF_PROMPTS)
+        for backend in serving[op]
+        if OPS[op][backend].waits
+    ]
+    return f"{', '.join(waiting)} waits for the GPU" if waiting else None
+
+
+def graph_bytes(config: ModelConfig, dtype: torch.dtype, rows: int) -> int:
+    """About the bytes that captured steps with up to `rows` rows keep, whatever the cache holds.
+
+    Of a layer those vectors of a row that live at once; of sampling with a temperature the logits
+    and eight more such rows in float64; cuBLAS's workspace for the stream of the captures.
+    """
+    wide = (config.q_heads + 2 * config.kv_heads) * config.head_dim
+    wide += 3 * max(config.top_k, 1) * config.ffn_dim
+    row = (4 * config.hidden + wide) * dtype.itemsize
+    row += config.vocab * (compute_dtype(dtype).itemsize + 8 * torch.float64.itemsize)
+    return rows * row + CUBLAS_BYTES
+
+
+class StepGraphs:
+    """How one model's steps are launched on one cache.
+
+    Attributes:
+        refusal: why not as CUDA graphs, None if so.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache):
+        self.refusal = capture_refusal(model, cache)
+        self._model = _Holdings(model, weights=self.refusal is None)
+        if self.refusal is None:
+            # All graphs take their memory from one pool: no two run at once, and what one keeps for
+            # the next step lies outside.
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(model.device)
+        elif model.device.type == "cuda":
+            logger.info("decode steps are not captured in CUDA graphs: %s", self.refusal)
+
+    def fit(self) -> bool:
+        """Whether the model's ops are the same and its weights lie where they did.
+
+        Weights that were changed in place, as `load_lora` does, a graph reads as they are now.
+        """
+        return self._model.stand()
+
+    def warm_up(self, compute: Callable[[], None]) -> None:
+        """Calls `compute` on the stream on which it will be captured."""
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            compute()
+        current.wait_stream(self._stream)
+
+    def capture(self, compute: Callable[[], None]) -> CapturedGraph:
+        return CapturedGraph(compute, self._pool, self._stream)
+
+
+class CapturedGraph:
+    """What a function launches, ready to be launched again. Capturing it computes nothing."""
+
+    def __init__(self, compute: Callable[[], None], pool: tuple[int, int], stream):
+        self._graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do on the GPU meanwhile is none of the graph's business.
+        how = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self._graph, **how):
+            compute()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class _Holdings:
+    """What a step reads of a model: its ops and, if asked for, where its weights lie."""
+
+    def __init__(self, model: Transformer, *, weights: bool):
+        self._model = model
+        modules = [*model.modules()] if weights else []
+        # The dicts themselves, which stay those of their modules: walking a model of 32 layers
+        # each step would cost several times as much.
+        self._children = [module._modules for module in modules]
+        self._tensors = [d for m in modules for d in (m._parameters, m._buffers)]
+        self._then = self._now()
+
+    def _now(self) -> list:
+        tensors = (t for d in self._tensors for t in d.values() if t is not None)
+        children = (child for d in self._children for child in d.values())
+        return [
+            self._model.use_graphs,
+            *self._model.kernels.values(),
+            *(t.data_ptr() for t in tensors),
+            *map(id, children),
+        ]
+
+    def stand(self) -> bool:
+        return self._now() == self._then

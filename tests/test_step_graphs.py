@@ -1,0 +1,274 @@
+"""CUDA graphs of decode steps: captured once for a number of rows, dropped with what they read.
+
+Without a GPU a graph is stood in for by the function that it would have captured.
+"""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import random_model, random_prompts
+
+from mistral_kernels import Transformer, generate, stream
+from mistral_kernels.model import decode_step, step_graphs
+from mistral_kernels.model.decode_step import Fed, decode
+from mistral_kernels.model.sampling import Sampling
+from mistral_kernels.model.step_graphs import StepGraphs, capture_refusal, graph_bytes
+from mistral_kernels.ops import dispatch
+
+GREEDY = Sampling(0.0, None, 1.0)
+MOE = {"experts": 4, "top_k": 2}
+PROMPTS = random_prompts([3, 17, 1, 8, 5])
+
+
+class FakeGraph:
+    """As a real one: made without computing anything, it repeats what was captured."""
+
+    def __init__(self, compute):
+        self.compute, self.replays = compute, 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.compute()
+
+
+class Captures:
+    """The graphs that were captured, and how many steps were run to warm up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.graphs: list[FakeGraph] = []
+        self.warmed = 0
+        rows = decode_step.step_rows
+        patch = monkeypatch.setattr
+        patch(decode_step, "step_rows", lambda n, batch, _: rows(n, batch, "cuda"))
+        patch(step_graphs, "capture_refusal", lambda model, cache: None)
+        patch(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+        patch(torch.cuda, "Stream", lambda device: None)
+        patch(StepGraphs, "warm_up", self._warm_up)
+        patch(StepGraphs, "capture", self._capture)
+
+    def _warm_up(self, compute) -> None:
+        self.warmed += 1
+        compute()
+
+    def _capture(self, compute) -> FakeGraph:
+        self.graphs.append(FakeGraph(compute))
+        return self.graphs[-1]
+
+
+@pytest.fixture
+def captures(monkeypatch) -> Captures:
+    return Captures(monkeypatch)
+
+
+def steps(model, cache, places, count: int, sampling: Sampling = GREEDY) -> None:
+    for _ in range(count):
+        decode(model, cache, [Fed(at, 3, 0.5) for at in places], sampling)
+
+
+def test_a_graph_for_each_number_of_rows(captures):
+    model = random_model(dtype=torch.float32)
+    cache = model.new_cache(6, 60)
+    for places, graphs in (([0], 1), ([4], 1), ([0, 5], 2), ([1, 2, 3], 3), ([0, 1, 2, 5], 3)):
+        steps(model, cache, places, 3)
+        assert len(captures.graphs) == graphs
+    steps(model, cache, range(5), 3)
+    steps(model, cache, range(6), 3)  # of six places, and so is the one before
+    assert len(captures.graphs) == captures.warmed == 4
+    assert [graph.replays for graph in captures.graphs] == [5, 2, 5, 5]
+
+
+def test_one_step_alone_captures_nothing(captures):
+    model = random_model(dtype=torch.float32, max_batch_size=2)
+    generate(PROMPTS[:2], model, max_tokens=2)
+    assert captures.warmed == 1 and not captures.graphs
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 3, "top_k": 9}])
+@pytest.mark.parametrize("shape", [{}, MOE], ids=["dense", "moe"])
+def test_generation_is_as_without_graphs(options, shape, monkeypatch):
+    model = random_model(dtype=torch.float32, windows=(5, None), max_batch_size=3, **shape)
+    expected = generate(PROMPTS, model, max_tokens=9, chunk_size=4, **options)
+    captures = Captures(monkeypatch)
+    assert generate(PROMPTS, model, max_tokens=9, chunk_size=4, **options) == expected
+    assert captures.graphs and all(graph.replays for graph in captures.graphs)
+
+
+def test_a_cache_keeps_its_graphs_from_call_to_call(captures):
+    model = random_model(dtype=torch.float32)
+    cache = model.new_cache(1, 60, lookahead=4)
+    first = generate([[1, 2, 3]], model, max_tokens=5, cache=cache)
+    cache.rollback(4)
+    events = stream([first[0][0][:1]], model, max_tokens=4, cache=cache)
+    assert [token for _, token, _ in events] == first[0][0][1:]
+    cache.reset(0)
+    assert generate([[1, 2, 3]], model, max_tokens=5, cache=cache) == first
+    assert len(captures.graphs) == captures.warmed == 1
+    generate([[1, 2, 3]], model, max_tokens=5, cache=model.new_cache(1, 60))
+    assert len(captures.graphs) == captures.warmed == 2
+
+
+def half(model: Transformer) -> None:
+    model.to(torch.bfloat16).to(torch.float32)
+
+
+def new_parameter(model: Transformer) -> None:
+    old = model.layers[1].attention.wo
+    model.layers[1].attention.wo = torch.nn.Parameter(old * 2, requires_grad=False)
+
+
+def new_data(model: Transformer) -> None:
+    model.norm.data = model.norm.data * 2
+
+
+def new_module(model: Transformer) -> None:
+    model.layers[0].feed_forward = copy.deepcopy(model.layers[1].feed_forward)
+
+
+def longer_tables(model: Transformer) -> None:
+    model.rope_tables(500)
+
+
+def no_graphs_and_back(model: Transformer) -> None:
+    model.use_graphs = False
+    model.use_graphs = True
+
+
+def adapted(model: Transformer) -> None:
+    with torch.no_grad():  # as load_lora does
+        model.layers[0].attention.wo.mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "captured"),
+    [
+        (half, 2),
+        (lambda model: model.set_backend("reference"), 2),
+        (new_parameter, 2),
+        (new_data, 2),
+        (new_module, 2),
+        (longer_tables, 2),
+        (no_graphs_and_back, 1),
+        (adapted, 1),  # what is changed in place is read as it is
+    ],
+)
+def test_what_a_graph_reads_is_what_the_model_has(change, captured, captures):
+    model = random_model(dtype=torch.float32)
+    caches = [model.new_cache(3, 60) for _ in range(2)]
+    steps(model, caches[0], [0, 2], 3)
+    change(model)
+    steps(model, caches[0], [0, 2], 3)
+    assert len(captures.graphs) == captured
+    # Against a fresh cache: the tokens of the model as it is now, after the same ones.
+    cache = model.new_cache(3, 60)
+    steps(model, cache, [0, 2], 3)
+    fed = [Fed(0, 3, 0.5), Fed(2, 3, 0.5)]
+    caches[0].reset()
+    steps(model, caches[0], [0, 2], 3)
+    assert decode(model, caches[0], fed, GREEDY) == decode(model, cache, fed, GREEDY)
+
+
+def test_another_sampling_drops_the_graphs(captures):
+    model = random_model(dtype=torch.float32)
+    cache = model.new_cache(3, 60)
+    for temperature in (0.0, 1.0, 0.0):
+        steps(model, cache, [0], 3, GREEDY._replace(temperature=temperature))
+    assert len(captures.graphs) == 3 and len(cache.decode_steps._steps) == 1
+
+
+def test_nothing_is_copied_in_while_nothing_changes(monkeypatch):
+    model = random_model(dtype=torch.float32, max_batch_size=2)
+    copies = []
+    feed = decode_step.StepBuffer.feed
+
+    def counting(self, rows) -> None:
+        copies.append(rows != self._held)
+        feed(self, rows)
+
+    monkeypatch.setattr(decode_step.StepBuffer, "feed", counting)
+    generate(PROMPTS[:2], model, max_tokens=6)
+    assert copies == [True, False, False, False, False]
+    copies.clear()
+    generate(PROMPTS[:2], model, max_tokens=4, temperature=1.0)
+    assert copies == [True] * 3  # the draws
+
+
+def test_why_not():
+    model = random_model(dtype=torch.float32)
+    cache = model.new_cache(1, 8)
+    assert capture_refusal(model, cache) == "a CUDA graph needs a GPU, but the model is on cpu"
+    model.use_graphs = False
+    assert capture_refusal(model, cache) == "model.use_graphs is False"
+
+
+def test_ops_that_wait_are_named(monkeypatch):
+    model = random_model(dtype=torch.float32, **MOE)
+    on_gpu = SimpleNamespace(
+        use_graphs=True,
+        device=torch.device("cuda"),
+        dtype=model.dtype,
+        backend="auto",
+        config=model.config,
+        low_bit={},
+    )
+    cache = model.new_cache(1, 8)
+    monkeypatch.setattr(dispatch, "device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "unavailable", lambda name: name != "reference" or None)
+    waiting = "decode_attention on reference, expert_mlp on reference waits for the GPU"
+    assert capture_refusal(on_gpu, cache) == waiting
+    monkeypatch.setattr(dispatch, "unavailable", lambda name: None)
+    dispatch.choose.cache_clear()  # as if there were a GPU
+    assert capture_refusal(on_gpu, cache) is None
+    decode_op = dispatch.BoundOp("decode_attention", "reference")
+    cache.layers = [layer._replace(decode=decode_op) for layer in cache.layers]
+    assert capture_refusal(on_gpu, cache) == "decode_attention on reference waits for the GPU"
+    dispatch.choose.cache_clear()
+
+
+def test_graph_bytes_grow_with_rows_and_not_with_the_cache():
+    config = random_model(dtype=torch.float32, **MOE).config
+    one, four = (graph_bytes(config, torch.bfloat16, rows) for rows in (1, 4))
+    assert four - one == 3 * (one - step_graphs.CUBLAS_BYTES)
+
+
+# On a GPU
+
+
+def gpu_model(**changes) -> Transformer:
+    return random_model(dtype=torch.bfloat16, head_dim=64, hidden=64, **changes).to("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 3, "top_p": 0.9}])
+@pytest.mark.parametrize("shape", [{}, {**MOE, "ffn_dim": 64}], ids=["dense", "moe"])
+def test_replayed_tokens_are_those_of_eager_steps(options, shape):
+    model = gpu_model(windows=(33, None), max_batch_size=3, **shape)
+    results = []
+    for model.use_graphs in (True, False):
+        results.append(generate(PROMPTS, model, max_tokens=150, chunk_size=4, **options))
+    assert results[0] == results[1]
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_and_goes_on_after_reset_and_rollback():
+    model = gpu_model(windows=(33, None))
+    caches = [model.new_cache(4, 300, lookahead=8) for _ in range(2)]
+    results = []
+    for model.use_graphs, cache in zip((True, False), caches, strict=True):
+        drawn = []
+        steps(model, cache, [0, 1, 3], 3)  # captures
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for turn in range(80):
+                if turn == 50:
+                    cache.rollback([5, 5, 0, 5])
+                if turn == 60:
+                    cache.reset(1)
+                drawn.append(decode(model, cache, [Fed(at, 3, 0.5) for at in (0, 1, 3)], GREEDY))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results.append(drawn)
+    assert caches[0].decode_steps._steps[4].graph is not None
+    assert caches[1].decode_steps._steps[4].graph is None
+    assert results[0] == results[1]
