@@ -177,6 +177,19 @@ def test_another_sampling_drops_the_graphs(captures):
     assert len(captures.graphs) == 3 and len(cache.decode_steps._steps) == 1
 
 
+def test_another_model_of_the_same_shape(captures):
+    one, other = (random_model(dtype=torch.float32) for _ in range(2))
+    other.norm.mul_(-1)
+    cache = one.new_cache(2, 60)
+    fed = [Fed(1, 3, 0.0)]
+    drawn = []
+    for model in (one, other, one):
+        cache.reset()
+        steps(model, cache, [1], 3)
+        drawn.append(decode(model, cache, fed, GREEDY))
+    assert drawn[0] == drawn[2] != drawn[1] and len(captures.graphs) == 3
+
+
 def test_nothing_is_copied_in_while_nothing_changes(monkeypatch):
     model = random_model(dtype=torch.float32, max_batch_size=2)
     copies = []

@@ -59,7 +59,8 @@ class KVCache:
             interrupted counts for nothing; if it has spoilt a place, the next step refuses that.
         starts: first position that each sequence may see; set it after left padding.
         layers: one LayerCache a layer; those with as many pages share one block table.
-        decode_steps: what `generate` keeps of its decode steps, on a GPU their CUDA graphs.
+        decode_steps: what `generate` keeps of its decode steps: static tensors and, on a GPU, CUDA
+            graphs, which hold on to the model; None drops them.
 
     Raises:
         ValueError, TypeError: a size is out of range.

@@ -126,7 +126,7 @@ class DecodeSteps:
 
     def _launch(self, model: Transformer, cache: KVCache, step: DecodeStep) -> None:
         """Replays the step's graph, or where there is none calls `compute`."""
-        if self._graphs is None or not self._graphs.fit():
+        if self._graphs is None or not self._graphs.fit(model):
             for stale in self._steps.values():
                 stale.graph, stale.warm = None, False
             self._graphs = StepGraphs(model, cache)

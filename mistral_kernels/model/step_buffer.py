@@ -70,11 +70,15 @@ class StepBuffer:
         self._fed = [field.numpy() for field in host[: len(Row._fields)]]
         self._drawn = host.tokens, host.logprobs
         self._held: list[Row] | None = None  # what the device's inputs are, if that is known
+        self._under_way = False  # a step whose outputs nobody has waited for
 
     def feed(self, rows: list[Row]) -> None:
         """Makes `rows` the inputs: one copy, or none where the device has them already."""
         known, self._held = self._held, None  # a step that is interrupted leaves them unknown
-        self._next = rows
+        if self._under_way and self._done is not None:
+            # Interrupted: the host's twin must not change before the device has read it.
+            torch.cuda.current_stream(self._device.device).synchronize()
+        self._next, self._under_way = rows, True
         if rows == known:
             return
         for field, values in zip(self._fed, zip(*rows, strict=True), strict=True):
@@ -88,6 +92,7 @@ class StepBuffer:
             self._host[self._outputs].copy_(self._device[self._outputs], non_blocking=True)
             self._done.record(torch.cuda.current_stream(self._device.device))
             self._done.synchronize()
+        self._under_way = False
         tokens, logprobs = (field.tolist() for field in self._drawn)
         self._held = [
             row._replace(token=token, position=row.position + (row.position >= 0))

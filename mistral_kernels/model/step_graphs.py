@@ -65,7 +65,7 @@ class StepGraphs:
 
     def __init__(self, model: Transformer, cache: KVCache):
         self.refusal = capture_refusal(model, cache)
-        self._model = _Holdings(model, weights=self.refusal is None)
+        self._held = _Holdings(model, weights=self.refusal is None)
         if self.refusal is None:
             # All graphs take their memory from one pool: no two run at once, and what one keeps for
             # the next step lies outside.
@@ -74,12 +74,12 @@ class StepGraphs:
         elif model.device.type == "cuda":
             logger.info("decode steps are not captured in CUDA graphs: %s", self.refusal)
 
-    def fit(self) -> bool:
-        """Whether the model's ops are the same and its weights lie where they did.
+    def fit(self, model: Transformer) -> bool:
+        """Whether it is the same model, with the same ops, and its weights lie where they did.
 
         Weights that were changed in place, as `load_lora` does, a graph reads as they are now.
         """
-        return self._model.stand()
+        return self._held.stand_for(model)
 
     def warm_up(self, compute: Callable[[], None]) -> None:
         """Calls `compute` on the stream on which it will be captured."""
@@ -129,5 +129,5 @@ class _Holdings:
             *map(id, children),
         ]
 
-    def stand(self) -> bool:
-        return self._now() == self._then
+    def stand_for(self, model: Transformer) -> bool:
+        return model is self._model and self._now() == self._then
