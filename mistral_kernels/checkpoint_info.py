@@ -14,20 +14,21 @@ from typing import Any
 import torch
 
 from mistral_kernels.free_memory import free_memory
-from mistral_kernels.model.backends import choose_backends
+from mistral_kernels.model.backends import choose_backends, op_backends
 from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.families import family_of, is_chat_name
 from mistral_kernels.model.hub import model_name, resolve_folder
 from mistral_kernels.model.layouts import LAYOUTS, Layout, folder_layout
 from mistral_kernels.model.low_bit_weight import LowBitForm
+from mistral_kernels.model.prompt_chunks import step_tokens, token_bytes
+from mistral_kernels.model.step_graphs import graph_bytes, waiting_ops
 from mistral_kernels.model.tokenizer import Tokenizer
 from mistral_kernels.model.weight_table import parameter_shapes
 from mistral_kernels.model.weights import DTYPES, Checkpoint, read_headers
 from mistral_kernels.ops.prefill_attention import QUERY_BLOCK
 
 CONTEXT = 32768  # tokens of the sequence for which it is told whether the model fits
-PROMPT = 2048  # of which so many are fed at once
 PARTS = {
     "tok_embeddings": "embedding",
     "wqkv": "attention",
@@ -42,7 +43,7 @@ PARTS = {
 # What is known only of a model whose configuration can be read.
 OF_A_MODEL = (
     *("family", "max_positions", "dtype", "quantisation", "parameters", "parts", "bytes"),
-    *("windows", "cache", "ops", "context", "prompt", "memory"),
+    *("windows", "cache", "ops", "context", "memory"),
 )
 
 
@@ -68,8 +69,9 @@ def collect_checkpoint(folder: str | Path, layout: Layout | None = None) -> dict
         windows: [window or None, number of layers] pairs;
         cache: bytes_per_token while no window is full, and tokens -> bytes of one sequence;
         ops: device -> op -> backend;
-        memory: device -> free, weights, cache, working, needed, and short, the bytes that are
-            missing, 0 if it fits; for one sequence of `context` tokens, `prompt` fed at once.
+        memory: device -> prompt, the tokens of a prompt fed at once, and of one sequence of
+            `context` tokens the bytes free, weights, cache, working, graphs (of decode steps),
+            needed, and short, those that are missing, 0 if it fits.
 
     Raises:
         OSError: there is no such folder, or it holds no configuration.
@@ -163,11 +165,20 @@ def _model_facts(
         device: choose_backends(config, device=torch.device(device), dtype=dtype, low_bit=low_bit)
         for device in free
     }
-    step = {"tokens": min(PROMPT, context), "context": context}
     needed = {
         "weights": sum(part["bytes"] for part in parts.values()),
         "cache": cache_bytes(config, context, dtype),
     }
+    memory = {}
+    for device in free:
+        place = torch.device(device)
+        prompt = min(step_tokens(config, dtype, place.type), context)
+        serving = op_backends(config, device=place, dtype=dtype, low_bit=low_bit)
+        replayed = place.type == "cuda" and not waiting_ops(serving)
+        working = working_bytes(config, dtype, ops[device], tokens=prompt, context=context)
+        graphs = graph_bytes(config, dtype, 1) if replayed else 0
+        fit = _fit(free[device], needed | {"working": working, "graphs": graphs})
+        memory[device] = {"prompt": prompt, **fit}
     return {
         "family": family_of(config),
         "max_positions": config.max_positions,
@@ -185,14 +196,7 @@ def _model_facts(
         },
         "ops": ops,
         "context": context,
-        "prompt": min(PROMPT, context),
-        "memory": {
-            device: _fit(
-                free[device],
-                needed | {"working": working_bytes(config, dtype, ops[device], **step)},
-            )
-            for device in free
-        },
+        "memory": memory,
     }
 
 
@@ -233,14 +237,8 @@ def working_bytes(
         tokens: fed in the step, of all sequences.
         context: tokens of a sequence after it.
         batch: sequences, each of which gets logits.
-
-    At its peak a layer holds for each token some four vectors as wide as the residual stream and
-    three of all that is wider. A step on the CPU took 0.92 to 1.07 times that, two layers of hidden
-    1024 (dense) and 512 (8 experts) in float32, 1024 and 4096 tokens, 2026-11-22; in bfloat16 less.
     """
-    wide = (config.q_heads + 2 * config.kv_heads) * config.head_dim
-    wide += max(config.top_k, 1) * config.ffn_dim
-    found = tokens * (4 * config.hidden + 3 * wide) * dtype.itemsize
+    found = tokens * token_bytes(config, dtype)
     if backends["prefill_attention"] == "reference":
         # Scores of a block of queries: as they come, shifted, and their exponentials.
         keys = min(context, max(w or context for w in config.windows) + QUERY_BLOCK)

@@ -53,11 +53,17 @@ def print_checkpoint(facts: dict[str, Any]) -> None:
             *([_tokens(count, facts), byte_size(size)] for count, size in cache["bytes"].items()),
         ],
     )
-    columns = ["weights", "cache", "working", "needed", "free"]
+    columns = ["weights", "cache", "working", "graphs", "needed", "free"]
+    if not any(needs["graphs"] for needs in facts["memory"].values()):
+        columns.remove("graphs")  # of no use without a GPU
     _print_table(
-        [f"{facts['context']} tokens, {facts['prompt']} at once, on", *columns, "fits"],
+        [f"{facts['context']} tokens on", *columns, "fits"],
         (
-            [device, *(byte_size(needs[name]) for name in columns), _verdict(needs["short"])]
+            [
+                f"{device}, {needs['prompt']} at once",
+                *(byte_size(needs[name]) for name in columns),
+                _verdict(needs["short"]),
+            ]
             for device, needs in facts["memory"].items()
         ),
     )

@@ -8,6 +8,7 @@ import torch
 from tiny_models import feed, random_model, random_prompts
 
 from mistral_kernels import generate, stream
+from mistral_kernels.model import prompt_chunks
 
 WINDOWS = (5, None)
 PROMPTS = random_prompts([3, 17, 1, 8])
@@ -84,6 +85,24 @@ def test_chunk_size_changes_nothing(model, chunk_size, temperature):
     chunked = generate(PROMPTS, model, **options, chunk_size=chunk_size)
     assert chunked[0] == whole[0]
     for a, b in zip(chunked[1], whole[1], strict=True):
+        assert a == pytest.approx(b, abs=1e-10)
+
+
+def test_prompts_longer_than_a_step_takes_are_cut(model, monkeypatch):
+    expected = generate(PROMPTS, model, max_tokens=6, chunk_size=3)
+    fed, forward = [], model.run
+    monkeypatch.setitem(prompt_chunks.MOST_TOKENS, "cpu", 12)
+    monkeypatch.setattr(prompt_chunks, "WHOLE_TILES", 1)
+
+    def run(input_ids, *rest, **options):
+        fed.append(len(input_ids))
+        return forward(input_ids, *rest, **options)
+
+    monkeypatch.setattr(model, "run", run)
+    tokens, logprobs = generate(PROMPTS, model, max_tokens=6)
+    assert fed == [12, 12, 10, 4, 4, 4, 2, 1]  # 3 + 4 + 1 + 4, 1 + 6 + 1 + 4, 1 + 7 + 1 + 1
+    assert tokens == expected[0]
+    for a, b in zip(logprobs, expected[1], strict=True):
         assert a == pytest.approx(b, abs=1e-10)
 
 

@@ -18,6 +18,8 @@ from tiny_models import random_model
 from mistral_kernels import ModelConfig, Transformer, checkpoint_info, free_memory
 from mistral_kernels.checkpoint_info import collect_checkpoint
 from mistral_kernels.model import TINY_MIXTRAL
+from mistral_kernels.model.step_graphs import graph_bytes
+from mistral_kernels.ops import dispatch
 
 MODELS = [
     {},
@@ -122,6 +124,25 @@ def test_whether_it_fits(tmp_path, monkeypatch):
         assert verdict in run_cli("info", tmp_path).out
     monkeypatch.setattr(checkpoint_info, "free_memory", lambda: {"cpu": None})
     assert "not known" in run_cli("info", tmp_path).out
+
+
+def test_graphs_are_counted_where_a_gpu_replays_them(tmp_path, monkeypatch):
+    write_native(tmp_path, tiny_config(max_positions=9000), dtype=torch.bfloat16)
+    monkeypatch.setattr(checkpoint_info, "free_memory", lambda: {"cpu": 2**40, "cuda:0": 2**40})
+    monkeypatch.setattr(dispatch, "device_capability", lambda device: (9, 0))
+    for gpu, graphs in ((True, graph_bytes(tiny_config(), torch.bfloat16, 1)), (False, 0)):
+        monkeypatch.setattr(
+            dispatch, "unavailable", lambda name, gpu=gpu: None if gpu else name != "reference"
+        )
+        dispatch.choose.cache_clear()
+        needs = collect_checkpoint(tmp_path)["memory"]
+        assert (needs["cpu"]["prompt"], needs["cuda:0"]["prompt"]) == (2048, 8192)
+        assert (needs["cpu"]["graphs"], needs["cuda:0"]["graphs"]) == (0, graphs)
+        parts = ("weights", "cache", "working", "graphs")
+        assert needs["cuda:0"]["needed"] == sum(needs["cuda:0"][part] for part in parts)
+        assert (" graphs " in run_cli("info", tmp_path).out) == gpu
+    monkeypatch.undo()
+    dispatch.choose.cache_clear()
 
 
 def test_free_memory(tmp_path):

@@ -26,6 +26,7 @@ from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.decode_step import Fed, decode
 from mistral_kernels.model.generate_checks import Prompt, Settings
 from mistral_kernels.model.generated_sequence import GeneratedSequence, checked_sequences
+from mistral_kernels.model.prompt_chunks import even_chunk, step_tokens
 from mistral_kernels.model.sampling import logprobs_of, sample
 from mistral_kernels.model.transformer import Transformer
 
@@ -85,14 +86,18 @@ def generate(
         encoded_prompts: of each its token ids (list, array or tensor) or its text; none empty. A
             text is encoded by `model.tokenizer`, with its begin-of-text id in front.
         model: at most its `max_batch_size` sequences run at once; others join as places free up.
+            On a GPU steps in which all of them draw are replayed as CUDA graphs, kept with the
+            cache, unless an op waits for the GPU (the reference) or `model.use_graphs` is False.
         max_tokens: new tokens a sequence, >= 0.
         temperature: 0 for greedy; otherwise it divides the logits.
         top_p: then only the most likely tokens that together reach this probability, in (0, 1].
         top_k: only the k most likely tokens (taken before top_p); None for all.
         seed: sequence i draws from seed + i, or from seed[i], and the number of its own step, so
             its draws do not depend on the batch. None: from the system's randomness.
-        chunk_size: prompt tokens fed at once; None: the whole prompt. Chunks may be longer than the
-            window.
+        chunk_size: most tokens of a prompt fed at once, which may be more than the window. None:
+            of all prompts together so many that a step works with 2 GiB or less, at most 8192 on
+            a GPU and 2048 on the CPU (`prompt_chunks.step_tokens`). How a prompt is cut may change
+            the last bits of logprobs.
         eos_id: a sequence ends when it draws this token, which is not returned. None: a prompt
             given as text ends at the tokenizer's end-of-text id, one given as ids never.
         prompt_logprobs: put the logprobs of the prompt's tokens, from the second on, in front.
@@ -183,7 +188,11 @@ def _step(
         yield from _events([place for place, _ in live], *drawn, places, settings)
         return
 
-    pieces = [sequence.pending[: settings.chunk_size] if sequence else [] for sequence in places]
+    chunk = settings.chunk_size
+    if chunk is None:
+        tokens = step_tokens(model.config, model.dtype, model.device.type, scored=scored)
+        chunk = even_chunk([len(sequence.pending) for _, sequence in live], tokens)
+    pieces = [sequence.pending[:chunk] if sequence else [] for sequence in places]
     input_ids = torch.tensor([token for piece in pieces for token in piece], device="cpu")
     with torch.inference_mode():
         logits = model.forward(input_ids, [len(p) for p in pieces], cache, last_only=not scored)

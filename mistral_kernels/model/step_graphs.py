@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,13 +34,18 @@ def capture_refusal(model: Transformer, cache: KVCache) -> str | None:
     for layer in cache.layers:
         if layer.decode is not None:
             serving["decode_attention"].add(layer.decode.backend)
-    waiting = [
+    waiting = waiting_ops(serving)
+    return f"{', '.join(waiting)} waits for the GPU" if waiting else None
+
+
+def waiting_ops(serving: Mapping[str, Collection[str]]) -> list[str]:
+    """The ops of a decode step, among op -> backends, whose host waits for the device."""
+    return [
         f"{op} on {backend}"
         for op in sorted(serving.keys() - OF_PROMPTS)
-        for backend in serving[op]
+        for backend in sorted(serving[op])
         if OPS[op][backend].waits
     ]
-    return f"{', '.join(waiting)} waits for the GPU" if waiting else None
 
 
 def graph_bytes(config: ModelConfig, dtype: torch.dtype, rows: int) -> int:
