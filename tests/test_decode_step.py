@@ -1,19 +1,15 @@
-"""The decode step over static tensors: the tokens of `forward` and `sample`, bit for bit, in few
-launches that do not depend on the length of a sequence and never wait."""
+"""The decode step over static tensors: the tokens of `forward` and `sample`, bit for bit."""
 
 import copy
-from collections import defaultdict
 
 import pytest
 import torch
 from tiny_models import poison, random_model, random_prompts, shuffle_pages
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from mistral_kernels import Transformer, generate
 from mistral_kernels.model import decode_step
 from mistral_kernels.model.decode_step import Fed, decode
 from mistral_kernels.model.sampling import Sampling, logprobs_of, sample
-from mistral_kernels.ops import dispatch
 from mistral_kernels.routing import recorded
 
 GREEDY = Sampling(0.0, None, 1.0)
@@ -22,16 +18,6 @@ MOE = {"experts": 4, "top_k": 2}
 SHAPES = {"dense": {}, "moe": MOE}
 # Rows of the cache that go on: all, some, one; more than a power of two of them.
 GOING_ON = ([0, 1, 2, 3, 4], [0, 2, 4], [3], [1, 2, 3])
-ALLOCATES = ("aten::empty", "aten::new_empty")
-# What reads on the host what the device has computed, or moves it there.
-WAITS = {
-    "aten::_local_scalar_dense",
-    "aten::nonzero",
-    "aten::nonzero_numpy",
-    "aten::item",
-    "aten::bincount",
-}
-WAITS |= {"aten::is_nonzero", "aten::equal", "aten::masked_select", "aten::is_pinned"}
 
 
 def filled_cache(model):
@@ -152,89 +138,44 @@ def test_a_sequence_that_outgrows_its_cache_is_refused_before_anything_is_fed():
     assert cache.lengths == [1, 0]
 
 
-# What a step launches
+# On a GPU
 
 
-class Launches(TorchDispatchMode):
-    """Collects all ops but views and allocations, with the shapes and dtypes of their tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-        self.calls: list[tuple] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view and not func.name().startswith(ALLOCATES):
-            leaves = tree_leaves((args, kwargs or {}))
-            shapes = [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in leaves]
-            self.names.append(func.name())
-            self.calls.append((func.name(), *shapes))
-        return func(*args, **(kwargs or {}))
+def gpu_model(**changes) -> Transformer:
+    return random_model(dtype=torch.bfloat16, head_dim=64, hidden=64, **changes).to("cuda")
 
 
-def launches(model, cache, places, sampling, monkeypatch) -> Launches:
-    """What the device's part of one step launches."""
-    recorder, compute = Launches(), decode_step.DecodeStep.compute
-    with monkeypatch.context() as patch:
-
-        def recording(*arguments) -> None:
-            with recorder:
-                compute(*arguments)
-
-        patch.setattr(decode_step.DecodeStep, "compute", recording)
-        decode(model, cache, [Fed(at, 5, 0.5) for at in places], sampling)
-    return recorder
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 3, "top_p": 0.9}])
+@pytest.mark.parametrize("shape", [{}, {**MOE, "ffn_dim": 64}], ids=["dense", "moe"])
+def test_replayed_tokens_are_those_of_eager_steps(options, shape):
+    model = gpu_model(windows=(33, None), max_batch_size=3, **shape)
+    prompts, results = random_prompts([3, 17, 1, 8, 5]), []
+    for model.use_graphs in (True, False):
+        results.append(generate(prompts, model, max_tokens=150, chunk_size=4, **options))
+    assert results[0] == results[1]
 
 
-@pytest.mark.parametrize(("shape", "most"), [({}, 8), (MOE, 10)], ids=SHAPES)
-def test_launches_of_a_layer_and_outside(shape, most, monkeypatch):
-    counts = []
-    for layers in (1, 3):
-        model = random_model(dtype=torch.float32, layers=layers, windows=(4,) * layers, **shape)
-        cache = filled_cache(model)
-        # All five places: the embedding, the last norm and the output; greedily argmax, logprobs
-        # in two, and what the next step reads in four.
-        counts.append(len(launches(model, cache, range(5), GREEDY, monkeypatch).names))
-        # Fewer: one block table for all layers, whatever their number.
-        fewer = launches(model, cache, [1, 3], GREEDY, monkeypatch).names
-        assert len(fewer) == counts[-1] + 1 and fewer[0].startswith("aten::index_select")
-    a_layer = (counts[1] - counts[0]) / 2
-    assert a_layer <= most
-    assert counts[0] - a_layer <= 10
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "drawn"])
-def test_a_step_does_not_depend_on_lengths_and_never_waits(sampling, monkeypatch):
-    model = random_model(dtype=torch.bfloat16, windows=(6, None), **MOE)
-    cache = filled_cache(model)
-    first = launches(model, cache, [0, 2, 3], sampling, monkeypatch)
-    for _ in range(20):  # around the ring of the first layer
-        decode(model, cache, [Fed(at, 5, 0.5) for at in (0, 2, 3)], sampling)
-    later = launches(model, cache, [0, 2, 3], sampling, monkeypatch)
-    assert first.calls == later.calls
-    assert not WAITS & {name.split(".")[0] for name in first.names}
-    # Changes of dtype alone: nothing goes to another device.
-    devices = {leaf for call in first.calls for leaf in call if isinstance(leaf, torch.device)}
-    assert devices <= {torch.device("cpu")}
-
-
-def test_references_that_wait_say_so(monkeypatch):
-    model = random_model(dtype=torch.float32, backend="reference", **MOE)
-    dense = random_model(dtype=torch.float32, backend="reference")
-    monkeypatch.setattr(dispatch, "watched", lambda x: False)  # the cells' own ops are seen
-    names = defaultdict(set)
-    for each in (model, dense):
-        cache = filled_cache(each)
-        for op, kernel in each.kernels.items():
-
-            def run(*inputs, op=op, kernel=kernel):
-                with Launches() as recorder:
-                    out = kernel(*inputs)
-                names[op] |= {name.split(".")[0] for name in recorder.names}
-                return out
-
-            each.kernels[op] = run
-        decode(each, cache, [Fed(0, 5, 0.0), Fed(3, 5, 0.0)], GREEDY)
-    waiting = {op for op, found in names.items() if found & WAITS}
-    assert waiting == {op for op in names if dispatch.OPS[op]["reference"].waits}
-    assert waiting == {"decode_attention", "expert_mlp"}
+@pytest.mark.gpu
+def test_a_step_never_waits_and_goes_on_after_reset_and_rollback():
+    model = gpu_model(windows=(33, None))
+    caches = [model.new_cache(4, 300, lookahead=8) for _ in range(2)]
+    results = []
+    for model.use_graphs, cache in zip((True, False), caches, strict=True):
+        drawn = []
+        for _ in range(3):  # the second captures
+            decode(model, cache, [Fed(at, 3, 0.5) for at in (0, 1, 3)], GREEDY)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for turn in range(80):
+                if turn == 50:
+                    cache.rollback([5, 5, 0, 5])
+                if turn == 60:
+                    cache.reset(1)
+                drawn.append(decode(model, cache, [Fed(at, 3, 0.5) for at in (0, 1, 3)], GREEDY))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results.append(drawn)
+    assert caches[0].decode_steps._steps[4].graph is not None
+    assert caches[1].decode_steps._steps[4].graph is None
+    assert results[0] == results[1]

@@ -4,7 +4,6 @@ Without a GPU a graph is stood in for by the function that it would have capture
 """
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,25 +216,20 @@ def test_why_not():
 
 def test_ops_that_wait_are_named(monkeypatch):
     model = random_model(dtype=torch.float32, **MOE)
-    on_gpu = SimpleNamespace(
-        use_graphs=True,
-        device=torch.device("cuda"),
-        dtype=model.dtype,
-        backend="auto",
-        config=model.config,
-        low_bit={},
-    )
     cache = model.new_cache(1, 8)
+    monkeypatch.setattr(Transformer, "device", torch.device("cuda"))  # as if there were a GPU
     monkeypatch.setattr(dispatch, "device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "unavailable", lambda name: name != "reference" or None)
     waiting = "decode_attention on reference, expert_mlp on reference waits for the GPU"
-    assert capture_refusal(on_gpu, cache) == waiting
+    assert capture_refusal(model, cache) == waiting
     monkeypatch.setattr(dispatch, "unavailable", lambda name: None)
-    dispatch.choose.cache_clear()  # as if there were a GPU
-    assert capture_refusal(on_gpu, cache) is None
+    dispatch.choose.cache_clear()
+    assert capture_refusal(model, cache) is None
+    with model.layers[1].register_forward_hook(lambda *_: None):
+        assert capture_refusal(model, cache) == "a hook listens to a module"
     decode_op = dispatch.BoundOp("decode_attention", "reference")
     cache.layers = [layer._replace(decode=decode_op) for layer in cache.layers]
-    assert capture_refusal(on_gpu, cache) == "decode_attention on reference waits for the GPU"
+    assert capture_refusal(model, cache) == "decode_attention on reference waits for the GPU"
     dispatch.choose.cache_clear()
 
 
@@ -243,45 +237,3 @@ def test_graph_bytes_grow_with_rows_and_not_with_the_cache():
     config = random_model(dtype=torch.float32, **MOE).config
     one, four = (graph_bytes(config, torch.bfloat16, rows) for rows in (1, 4))
     assert four - one == 3 * (one - step_graphs.CUBLAS_BYTES)
-
-
-# On a GPU
-
-
-def gpu_model(**changes) -> Transformer:
-    return random_model(dtype=torch.bfloat16, head_dim=64, hidden=64, **changes).to("cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 3, "top_p": 0.9}])
-@pytest.mark.parametrize("shape", [{}, {**MOE, "ffn_dim": 64}], ids=["dense", "moe"])
-def test_replayed_tokens_are_those_of_eager_steps(options, shape):
-    model = gpu_model(windows=(33, None), max_batch_size=3, **shape)
-    results = []
-    for model.use_graphs in (True, False):
-        results.append(generate(PROMPTS, model, max_tokens=150, chunk_size=4, **options))
-    assert results[0] == results[1]
-
-
-@pytest.mark.gpu
-def test_a_step_never_waits_and_goes_on_after_reset_and_rollback():
-    model = gpu_model(windows=(33, None))
-    caches = [model.new_cache(4, 300, lookahead=8) for _ in range(2)]
-    results = []
-    for model.use_graphs, cache in zip((True, False), caches, strict=True):
-        drawn = []
-        steps(model, cache, [0, 1, 3], 3)  # captures
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for turn in range(80):
-                if turn == 50:
-                    cache.rollback([5, 5, 0, 5])
-                if turn == 60:
-                    cache.reset(1)
-                drawn.append(decode(model, cache, [Fed(at, 3, 0.5) for at in (0, 1, 3)], GREEDY))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        results.append(drawn)
-    assert caches[0].decode_steps._steps[4].graph is not None
-    assert caches[1].decode_steps._steps[4].graph is None
-    assert results[0] == results[1]

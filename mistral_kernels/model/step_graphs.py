@@ -11,6 +11,7 @@ import torch
 from mistral_kernels.model.backends import op_backends
 from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import ModelConfig
+from mistral_kernels.model.module_state import ModuleState
 from mistral_kernels.ops.checks import compute_dtype
 from mistral_kernels.ops.dispatch import OPS
 
@@ -29,6 +30,8 @@ def capture_refusal(model: Transformer, cache: KVCache) -> str | None:
         return "model.use_graphs is False"
     if model.device.type != "cuda":
         return f"a CUDA graph needs a GPU, but the model is on {model.device}"
+    if not ModuleState(model).unchanged():
+        return "a hook listens to a module"
     how = {"device": model.device, "dtype": model.dtype, "backend": model.backend}
     serving = op_backends(model.config, **how, low_bit=model.low_bit)
     for layer in cache.layers:
@@ -70,8 +73,10 @@ class StepGraphs:
 
     def __init__(self, model: Transformer, cache: KVCache):
         self.refusal = capture_refusal(model, cache)
-        self._held = _Holdings(model, weights=self.refusal is None)
+        self._model, self._choices = model, _choices(model)
+        self._state = None
         if self.refusal is None:
+            self._state = ModuleState(model)
             # All graphs take their memory from one pool: no two run at once, and what one keeps for
             # the next step lies outside.
             self._pool = torch.cuda.graph_pool_handle()
@@ -84,7 +89,8 @@ class StepGraphs:
 
         Weights that were changed in place, as `load_lora` does, a graph reads as they are now.
         """
-        return self._held.stand_for(model)
+        same = model is self._model and _choices(model) == self._choices
+        return same and (self._state is None or self._state.unchanged())
 
     def warm_up(self, compute: Callable[[], None]) -> None:
         """Calls `compute` on the stream on which it will be captured."""
@@ -96,6 +102,10 @@ class StepGraphs:
 
     def capture(self, compute: Callable[[], None]) -> CapturedGraph:
         return CapturedGraph(compute, self._pool, self._stream)
+
+
+def _choices(model: Transformer) -> list:
+    return [model.use_graphs, *model.kernels.values()]
 
 
 class CapturedGraph:
@@ -110,29 +120,3 @@ class CapturedGraph:
 
     def replay(self) -> None:
         self._graph.replay()
-
-
-class _Holdings:
-    """What a step reads of a model: its ops and, if asked for, where its weights lie."""
-
-    def __init__(self, model: Transformer, *, weights: bool):
-        self._model = model
-        modules = [*model.modules()] if weights else []
-        # The dicts themselves, which stay those of their modules: walking a model of 32 layers
-        # each step would cost several times as much.
-        self._children = [module._modules for module in modules]
-        self._tensors = [d for m in modules for d in (m._parameters, m._buffers)]
-        self._then = self._now()
-
-    def _now(self) -> list:
-        tensors = (t for d in self._tensors for t in d.values() if t is not None)
-        children = (child for d in self._children for child in d.values())
-        return [
-            self._model.use_graphs,
-            *self._model.kernels.values(),
-            *(t.data_ptr() for t in tensors),
-            *map(id, children),
-        ]
-
-    def stand_for(self, model: Transformer) -> bool:
-        return model is self._model and self._now() == self._then

@@ -58,7 +58,6 @@ class Transformer(SavableModule):
         use_graphs: whether `generate` and `stream` replay decode steps as CUDA graphs where they
             can; False launches them op by op, with the same results.
         kernels: op -> the op on the backend that serves it.
-        low_bit: as given.
     """
 
     def __init__(
