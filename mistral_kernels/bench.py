@@ -21,6 +21,7 @@ from mistral_kernels.model.backends import choose_backends
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.families import family_of
 from mistral_kernels.model.low_bit_weight import LowBitForm
+from mistral_kernels.model.prompt_chunks import step_tokens
 from mistral_kernels.model.transformer import Transformer
 from mistral_kernels.model_speed import Load, measure_speed, steps_of
 from mistral_kernels.options import torch_device
@@ -110,7 +111,7 @@ def _check_memory(subject: Subject, load: Load, device: torch.device, backend: s
         "cache": load.batch * cache_bytes(config, load.tokens, dtype),
         "working": working_bytes(
             *(config, dtype, choose_backends(config, **how)),
-            tokens=load.batch * load.prompt,
+            tokens=min(load.batch * load.prompt, step_tokens(config, dtype, device.type)),
             context=load.tokens,
             batch=load.batch,
         ),
