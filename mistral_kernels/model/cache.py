@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.model.config import ModelConfig
+from mistral_kernels.model.recorded_steps import StepRecordings
 from mistral_kernels.ops.checks import check_int, is_int
 from mistral_kernels.ops.decode_attention import decode_attention_workspace_bytes
 from mistral_kernels.ops.dispatch import BoundOp
@@ -61,6 +62,7 @@ class KVCache:
         layers: one LayerCache a layer; those with as many pages share one block table.
         decode_steps: what `generate` keeps of its decode steps: static tensors and, on a GPU, CUDA
             graphs, which hold on to the model; None drops them.
+        recordings: on the CPU, the steps whose calls are replayed; they hold on to it, too.
 
     Raises:
         ValueError, TypeError: a size is out of range.
@@ -90,6 +92,7 @@ class KVCache:
         self.starts = [0] * batch
         self._written = [0] * batch  # highest length reached: slots up to it were overwritten
         self.decode_steps: DecodeSteps | None = None
+        self.recordings = StepRecordings()
         self._tables: dict[int, Tensor] = {}  # pages a sequence -> their block table
         layers = [
             self._new_layer(config, window, page_size, device, dtype) for window in config.windows
@@ -129,7 +132,8 @@ class KVCache:
             return LayerCache(k, v, self._tables[pages_per_seq], window)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"decode_steps": None}  # a copy's steps would write into this cache
+        # A copy's steps would write into this cache.
+        return self.__dict__ | {"decode_steps": None, "recordings": StepRecordings()}
 
     @property
     def nbytes(self) -> int:

@@ -107,7 +107,7 @@ class DecodeSteps:
         step = self._steps.get(rows)
         if step is None:
             step = self._steps[rows] = DecodeStep(
-                model, self._layers, self._tables, self._sampling, rows, cache.batch
+                model, cache, self._layers, self._tables, self._sampling, rows
             )
         lengths, starts = cache.lengths, cache.starts
         given = [Row(draw, at, starts[at], lengths[at], token) for at, token, draw in fed]
@@ -154,21 +154,22 @@ class DecodeStep:
     def __init__(
         self,
         model: Transformer,
+        cache: KVCache,
         layers: Sequence[LayerCache],
         tables: RopeTables,
         sampling: Sampling,
         rows: int,
-        batch: int,
     ):
         self.buffer = StepBuffer(rows, compute_dtype(model.dtype), model.device)
         self.graph: CapturedGraph | None = None
         self.warm = False
         self._tables, self._sampling = tables, sampling
+        self._recordings = cache.recordings
         at = self.buffer.on_device
         self._step = Step(ALL, DecodeRows(ALL, ALL, at.positions, at.starts), None, at.positions)
         # id of a block table -> it, and its rows of this step's sequences. Layers share tables.
         self._pages: dict[int, tuple[Tensor, Tensor]] = {}
-        if rows != batch:
+        if rows != cache.batch:
             for table in (layer.block_table for layer in layers):
                 self._pages[id(table)] = table, table.new_zeros(rows, table.shape[1])
             layers = [
@@ -182,7 +183,8 @@ class DecodeStep:
         at = self.buffer.on_device
         for table, pages in self._pages.values():
             torch.index_select(table, 0, at.places, out=pages)
-        logits = model.run(at.tokens, self._step, self._tables, self._layers, last_only=True)
+        how = {"last_only": True, "recordings": self._recordings}
+        logits = model.run(at.tokens, self._step, self._tables, self._layers, **how)
         tokens = sample(logits, at.draws, **self._sampling._asdict())
         at.logprobs.copy_(logprobs_of(logits, tokens))
         at.tokens.copy_(tokens)

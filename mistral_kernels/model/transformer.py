@@ -27,6 +27,7 @@ from mistral_kernels.model.layers import (
 )
 from mistral_kernels.model.layouts import Layout
 from mistral_kernels.model.low_bit_weight import LowBitForm, layer_forms
+from mistral_kernels.model.recorded_steps import StepRecordings
 from mistral_kernels.model.rope_tables import RopeTables, rope_tables
 from mistral_kernels.model.savable_module import SavableModule
 from mistral_kernels.model.step import ALL, Step, plan_step
@@ -311,7 +312,9 @@ class Transformer(SavableModule):
         if cache is not None and len(input_ids):
             cache.begin(seqlens)
         layers = [None] * len(self.layers) if cache is None else cache.layers
-        logits = self.run(input_ids.to(self.device), step, tables, layers, last_only=last_only)
+        recordings = None if cache is None else cache.recordings
+        how = {"last_only": last_only, "recordings": recordings}
+        logits = self.run(input_ids.to(self.device), step, tables, layers, **how)
         if cache is not None:
             cache.advance(seqlens)
         return logits
@@ -324,22 +327,33 @@ class Transformer(SavableModule):
         layer_caches: Sequence[LayerCache | None],
         *,
         last_only: bool,
+        recordings: StepRecordings | None,
     ) -> Tensor:
         """The device's part of `forward`: arguments that fit, nothing waits, no cache is advanced.
 
-        It reads nothing but tensors where `step` holds tensors, so a CUDA graph can replay it.
+        It reads nothing but tensors where `step` holds tensors, so a CUDA graph can replay it; on
+        the CPU `recordings`, those of the cache, replay it where they can.
         """
-        x, added = nn.functional.embedding(input_ids, self.tok_embeddings), None  # (T, hidden)
-        if len(x):
-            for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
-                x, added = layer(x, added, step, tables, layer_cache)
-        if last_only and step.last_rows is not ALL:
-            x = _chosen_rows(x, step.last_rows)
-            added = None if added is None else _chosen_rows(added, step.last_rows)
-        normed, _ = residual_norm(self.kernels, x, added, self.norm, self.config.norm_eps)
-        weight = self.tok_embeddings if self.config.tied_embeddings else self.output
-        logits = self.kernels["linear"](normed, weight, BATCH_INVARIANT)
-        return logits.to(compute_dtype(logits.dtype))
+
+        def compute(x: Tensor, step: Step) -> Tensor:
+            added = None
+            if len(x):
+                for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
+                    x, added = layer(x, added, step, tables, layer_cache)
+            if last_only and step.last_rows is not ALL:
+                x = _chosen_rows(x, step.last_rows)
+                added = None if added is None else _chosen_rows(added, step.last_rows)
+            normed, _ = residual_norm(self.kernels, x, added, self.norm, self.config.norm_eps)
+            weight = self.tok_embeddings if self.config.tied_embeddings else self.output
+            return self.kernels["linear"](normed, weight, BATCH_INVARIANT)
+
+        x = nn.functional.embedding(input_ids, self.tok_embeddings)  # (T, hidden)
+        if recordings is None:
+            logits = compute(x, step)
+        else:
+            logits = recordings.run(self, x, step, tables, layer_caches, compute)
+        dtype = compute_dtype(logits.dtype)
+        return logits.to(dtype, copy=recordings is not None)  # a recording writes over its own
 
 
 def _chosen_rows(x: Tensor, rows: Tensor) -> Tensor:
