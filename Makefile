@@ -32,8 +32,12 @@ lint:
 	$(RUN) -m ruff format --check .
 	$(RUN) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
+# A folder of results a machine: make bench MACHINE=h200 on a GPU.
+MACHINE ?= cpu
+
 bench:
-	$(RUN) -m pytest benchmarks --benchmark-only --out benchmarks/results/cpu.json
+	$(RUN) -m benchmarks.run --restart --out benchmarks/results/$(MACHINE)
+	$(RUN) -m benchmarks.report
 
 # Python files are used where they are (an editable install); everything compiled reinstalls.
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt

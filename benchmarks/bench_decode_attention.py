@@ -37,6 +37,7 @@ SHAPES = {
         "7b-32-w4096": Shape(32, 32, 8, 128, 4096),
     },
 }
+QUICK = ("small-8-w512", "7b-1-w4096", "7b-32-w4096")
 
 
 def test_decode_attention(bench, device, shape, dtype, backend):

@@ -32,6 +32,7 @@ SHAPES = {
         "8x7b-4096": Shape(4096, 4096, 14336, 8, 2),
     },
 }
+QUICK = ("small-1", "small-512", "8x7b-1", "8x7b-4096")
 
 
 def expert_loop(x, w13, w2, weights, expert_ids):

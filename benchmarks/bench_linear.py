@@ -34,6 +34,7 @@ SHAPES = {
         "7b-w13-4096": Shape(4096, 4096, 28672),
     },
 }
+QUICK = ("small-w13-1", "small-w13-8", "7b-qkv-1")
 
 
 def test_linear(bench, device, shape, dtype, backend):

@@ -76,6 +76,7 @@ SHAPES = {
     "cpu": shapes(SIZES, 2048, (128, 512, 2048, 8192)),
     "cuda": {},
 }
+QUICK = [f"{name}-{what}" for name in SIZES for what in ("decode", "prefill-512")]
 
 
 def config_of(shape: NamedTuple) -> ModelConfig:

@@ -1,28 +1,30 @@
 """Which benchmarks run, and what becomes of their rows.
 
-A module names its op as `OP` and its `SHAPES`: "tiny" or a device -> case -> a named tuple. Each of
-its tests runs once for every device here, shape, dtype and backend.
+A module names its op as `OP` and its `SHAPES`: "tiny" or a device -> case -> a named tuple; it may
+name cases as `QUICK`. Each of its tests runs once for every device here, shape, dtype and backend.
 """
 
-import functools
-import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import report
-from benchmarks.environment import environment
-from benchmarks.timing import measure, summary
-from mistral_kernels.machine_limits import STREAM_BYTES, machine_limits
+from benchmarks import run_folder
+from benchmarks.peers import peers_of
+from benchmarks.timing import MIN_ROUNDS, QUICK_ROUNDS, measure, summary
+from mistral_kernels.machine_limits import STREAM_BYTES, Limits, machine_limits
 from mistral_kernels.ops import dispatch
 from mistral_kernels.ops.checks import is_int
 
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 ARGUMENTS = ("device", "case", "shape", "dtype", "backend")
-RESULTS = pytest.StashKey[dict[str, Any]]()
+ROW = pytest.StashKey[dict[str, Any]]()  # of the test that runs
+MISSING = pytest.StashKey[dict[str, str]]()  # peers, as noted in --rows
+MEASURED = pytest.StashKey[list[list]]()  # identities of the rows that --rows holds
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,27 +36,42 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="tiny: only to see that every benchmark runs; short: what `make bench` runs, long"
         " prompts through some layers of the model; full: through all of them",
     )
-    group.addoption("--out", type=Path, help="write the results to this JSON file")
+    group.addoption("--quick", action="store_true", help="fewer cases and rounds")
+    group.addoption("--device", choices=DEVICES, help="measure there only")
+    group.addoption("--peers", default="all", help="names with commas between, all or none")
+    group.addoption("--rows", type=Path, help="folder of a run that `benchmarks.run` began")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RESULTS] = {"environment": environment(), "limits": {}, "rows": []}
+    folder = config.getoption("rows")
+    lines = run_folder.lines(folder) if folder else []
+    config.stash[MISSING] = {}
+    config.stash[MEASURED] = [line["id"] for line in lines if "row" in line]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    module = metafunc.module
-    tiny = metafunc.config.getoption("sizes") == "tiny"
+    module, option = metafunc.module, metafunc.config.getoption
+    devices = [option("device")] if option("device") else DEVICES
     cases = [
         pytest.param(
             *(device, case, shape, dtype, backend),
             id="-".join((device, case, dtype_name(dtype), backend)),
         )
-        for device in DEVICES
-        for case, shape in module.SHAPES["tiny" if tiny else device].items()
+        for device in devices
+        for case, shape in shapes_of(module, device, option("sizes"), option("quick")).items()
         for dtype in DTYPES[device]
         for backend in contestants(module.OP, device, dtype, shape)
     ]
     metafunc.parametrize(ARGUMENTS, cases)
+
+
+def shapes_of(module: ModuleType, device: str, sizes: str, quick: bool) -> dict[str, tuple]:
+    """Return the cases of a module that run: with `quick` those it names, else its first."""
+    shapes = module.SHAPES["tiny" if sizes == "tiny" else device]
+    if not quick or sizes == "tiny":
+        return shapes
+    names = getattr(module, "QUICK", list(shapes)[:1])
+    return {case: shape for case, shape in shapes.items() if case in names}
 
 
 def contestants(op: str, device: str, dtype: torch.dtype, shape: tuple) -> list[str]:
@@ -76,40 +93,64 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @pytest.fixture
-def bench(request, benchmark, device, case, shape, dtype, backend):
+def wanted_peers(request, device) -> set[str] | None:
+    """Names of the peers that were asked for, None for all; notes those that cannot run here."""
+    text = request.config.getoption("peers")
+    wanted = None if text == "all" else set(text.split(",")) - {"none"}
+    _, missing = peers_of(request.module.OP, device, wanted)
+    folder = request.config.getoption("rows")
+    noted = request.config.stash[MISSING]
+    if folder and not missing.items() <= noted.items():
+        noted |= missing
+        run_folder.append(folder, {"missing": missing})
+    return wanted
+
+
+@pytest.fixture
+def bench(request, benchmark, wanted_peers, device, case, shape, dtype, backend) -> Callable:
     """`bench(call, make_inputs, work, peers, **how)` times as `timing.measure` does and returns the
     row that is kept, to which the benchmark may add columns."""
-    results = request.config.stash[RESULTS]
+    option = request.config.getoption
+    where = {"op": request.module.OP, "case": case, "device": device, "backend": backend}
+    where |= {"dtype": dtype_name(dtype)}
+    identity = run_folder.identity(where, shape._asdict())
+    if identity in request.config.stash[MEASURED]:
+        pytest.skip("measured already")
+    # A benchmark's own contestants, such as ours without a window, are not anyone's to leave out.
+    unwanted = set()
+    if wanted_peers is not None:
+        unwanted = peers_of(where["op"], device, None)[0].keys() - wanted_peers
 
     def run(call, make_inputs, work, peers, **how) -> dict[str, Any]:
-        row = {"op": request.module.OP, "case": case, "device": device, "backend": backend}
-        row |= {"dtype": dtype_name(dtype), **shape._asdict()}
-        samples = measure(benchmark, call, make_inputs, peers, **how)
+        row = where | shape._asdict()
+        peers = {name: peer for name, peer in peers.items() if name not in unwanted}
+        fewest = QUICK_ROUNDS if option("quick") else MIN_ROUNDS
+        samples = measure(benchmark, call, make_inputs, peers, fewest=fewest, **how)
         if samples:
-            tiny = request.config.getoption("sizes") == "tiny"
-            limits = machine_limits(device, 1 << 20 if tiny else STREAM_BYTES[device])
-            results["limits"][device] = limits._asdict()
-            row |= summary(samples, work, limits)
-            results["rows"].append(row)
+            row |= summary(samples, work, limits_of(option("rows"), device, option("sizes")))
+            request.node.stash[ROW] = {"id": identity, "row": row}
         return row
 
     torch.manual_seed(0)
     return run
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
-    """With --out: show the rows as README does, and write them if every benchmark ran."""
-    config = terminalreporter.config
-    results, out = config.stash[RESULTS], config.getoption("out")
-    if out and results["rows"] and exitstatus == pytest.ExitCode.OK:
-        terminalreporter.write_line(report.section(results))
-        write(results, out)
+def limits_of(folder: Path | None, device: str, sizes: str) -> Limits:
+    """Return the limits of the run, which measured them once; by hand, measure them."""
+    if folder:
+        return Limits(**run_folder.choices(folder)["limits"][device])
+    return machine_limits(device, 1 << 20 if sizes == "tiny" else STREAM_BYTES[device])
 
 
-def write(results: dict[str, Any], out: Path) -> None:
-    """Write results as JSON, one row a line, so that a new run differs by lines."""
-    dump = functools.partial(json.dumps, ensure_ascii=False)
-    rows = ",\n".join(f"  {dump(row)}" for row in results["rows"])
-    parts = [f' "{name}": {dump(results[name])}' for name in ("environment", "limits")]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("{\n" + ",\n".join([*parts, f' "rows": [\n{rows}\n ]']) + "\n}\n")
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator:
+    """With --rows: note the row of a benchmark that passed with all its columns, or why not."""
+    report = yield
+    folder = item.config.getoption("rows")
+    if folder and report.failed:
+        lines = report.longreprtext.splitlines()
+        reason = next((line for line in reversed(lines) if line.startswith("E ")), lines[-1])
+        run_folder.append(folder, {"failed": item.nodeid, "reason": reason.lstrip("E ")})
+    elif folder and report.when == "call" and ROW in item.stash:
+        run_folder.append(folder, item.stash[ROW])
+    return report

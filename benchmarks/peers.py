@@ -6,6 +6,7 @@ transformers may be absent: then there is no such peer.
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import torch
 from torch import Tensor
@@ -19,6 +20,15 @@ NAME = "transformers"
 def installed() -> bool:
     """Tell whether there is a transformers to measure against."""
     return importlib.util.find_spec("transformers") is not None
+
+
+def peers_of(op: str, device: str, wanted=None) -> tuple[dict, dict[str, str]]:
+    """Return the peers of `op` that can run, and name -> reason of those that cannot."""
+    if op not in ("model", "transformers") or (wanted is not None and NAME not in wanted):
+        return {}, {}
+    if not installed():
+        return {}, {NAME: "not installed"}
+    return {NAME: sys.modules[__name__]}, {}
 
 
 class Peer:

@@ -1,6 +1,7 @@
-"""README's table and plot of speed, made from a benchmark's results: `python -m benchmarks.report`.
+"""README's tables and plots of speed, from committed results: `python -m benchmarks.report`.
 
-Results are what `make bench` wrote. Everything that README shows stands in them.
+Results are benchmarks/results/<machine>/results.json, "cpu" and one folder a GPU, as `make bench`
+and `benchmarks.run` write them. Everything that README shows stands in them.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import plots
 from benchmarks.growth import MISSING, exponent
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
-PLOT = RESULTS.with_name("prefill_attention.png")
+FOLDER = ROOT / "benchmarks" / "results"
+CPU = "cpu"  # its folder; all others are of GPUs
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 HEADER = "| case | against | wanted | float32 | bfloat16 |"
 DTYPES = ("float32", "bfloat16")  # the last two columns
+NOTHING: dict[str, Any] = {"environment": {}, "limits": {}, "rows": []}
 LENGTHS = ("2k", "4k", "8k", "16k")  # of the plot and the exponents
 
 
@@ -62,29 +65,64 @@ LINES = (
 )  # fmt: skip
 
 
-def section(results: dict[str, Any]) -> str:
+GPU_LINES = (
+    Line("attention, 16k tokens, window 4096", "prefill_attention", "7b-16k-w4096", "sdpa"),
+    *(
+        Line(f"decode, window 4096, batch {batch}", "decode_attention", f"7b-{batch}-w4096", "sdpa")
+        for batch in (1, 8, 32)
+    ),
+    *(
+        Line(f"`expert_mlp`, 8x7B, tokens {tokens}", "expert_mlp", f"8x7b-{tokens}", "grouped_mm")
+        for tokens in (1, 4096)
+    ),
+)
+
+
+def section(machines: dict[str, dict[str, Any]]) -> str:
     """Return README's part on speed, in Markdown.
 
     Args:
-        results: "environment", "limits" and "rows" as `make bench` writes them; rows may be missing
-            and say so, and so may the peers of a row.
+        machines: name of a folder -> "environment", "limits" and "rows" of its results; rows may
+            be missing and say so, and so may the peers of a row.
     """
+    parts = [cpu_section(machines.get(CPU, NOTHING))]
+    gpus = {name: results for name, results in sorted(machines.items()) if name != CPU}
+    if gpus:
+        parts.append(gpu_section(gpus))
+    else:
+        parts[0] += f" GPU: {MISSING}."
+    # What spans several benchmarks (headlines, growth) goes here, a text a section.
+    return "\n\n".join(parts)
+
+
+def gpu_section(gpus: dict[str, dict[str, Any]]) -> str:
+    """Return the table of GPUs, a column each, in bfloat16, and under it where they were."""
+    names = [results["environment"]["gpu"] for results in gpus.values()]
+    lines = [f"| case | against | {' | '.join(names)} |", "|" + " --- |" * (2 + len(names))]
+    for line in GPU_LINES:
+        rows = (find(of, line.op, line.case, "bfloat16", "cuda") for of in gpus.values())
+        lines.append(f"| {line.label} | {line.peer} | {' | '.join(_cell(line, r) for r in rows)} |")
+    return "\n\n".join(["\n".join(lines), *(_machine(of, "cuda") for of in gpus.values())])
+
+
+def cpu_section(results: dict[str, Any]) -> str:
+    """Return the table of the CPU, what grows how, and where it was measured."""
     lines = [HEADER, "|" + " --- |" * (HEADER.count("|") - 1)]
     for line in LINES:
         rows = (find(results, line.op, line.case, dtype) for dtype in DTYPES)
         cells = (line.label, line.peer, line.wanted, *(_cell(line, row) for row in rows))
         lines.append(f"| {' | '.join(cells)} |")
-    notes = [note for note in (_scaling(results), _machine(results)) if note]
+    notes = [note for note in (_scaling(results), _machine(results, "cpu")) if note]
     return "\n".join(lines + [part for note in notes for part in ("", note)])
 
 
-def find(results: dict[str, Any], op: str, case: str, dtype: str) -> dict[str, Any] | None:
-    """Return the row of a case on the CPU, None if it was not measured."""
-    wanted = {"op": op, "case": case, "dtype": dtype, "device": "cpu"}
-    for row in results["rows"]:
-        if wanted.items() <= row.items():
-            return row
-    return None
+def find(
+    results: dict[str, Any], op: str, case: str, dtype: str, device: str = "cpu"
+) -> dict[str, Any] | None:
+    """Return the fastest backend's row of a case, None if it was not measured."""
+    wanted = {"op": op, "case": case, "dtype": dtype, "device": device}
+    rows = (row for row in results["rows"] if wanted.items() <= row.items())
+    return min(rows, key=lambda row: row["median_us"], default=None)
 
 
 def _cell(line: Line, row: dict[str, Any] | None) -> str:
@@ -128,11 +166,11 @@ def _scaling(results: dict[str, Any]) -> str:
     memory = [(row["tokens"], row["peak_bytes"]) for row in rows if row.get("peak_bytes")]
     if len(memory) == len(rows):
         text += f", its memory (output and scratch) as tokens^{exponent(memory).exponent:.2f}"
-    return f"{text}: ![time over tokens]({PLOT.relative_to(ROOT)})"
+    return f"{text}: ![time over tokens]({(FOLDER / CPU).relative_to(ROOT)}/attention.png)"
 
 
-def _machine(results: dict[str, Any]) -> str:
-    machine, limits = results["environment"], results["limits"].get("cpu")
+def _machine(results: dict[str, Any], device: str) -> str:
+    machine, limits = results["environment"], results["limits"].get(device)
     if limits is None:
         return ""
     peer = (
@@ -140,21 +178,24 @@ def _machine(results: dict[str, Any]) -> str:
         if machine["transformers"]
         else ("transformers not installed")
     )
+    place = f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}"
+    if device == "cuda":
+        place = machine["gpu"]
+    dtype = {"cpu": "float32", "cuda": "bfloat16"}[device]
     return (
-        f"Medians on {machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']},"
-        f" torch {machine['torch']}, {peer}, {machine['date']}, commit {machine['commit']},"
-        f" `{machine['command']}`. Ours and the peers took turns. Limits measured in the same run:"
-        f" read {limits['read_gb_s']:.1f} GB/s, copy {limits['copy_gb_s']:.1f} GB/s (both ways),"
-        f" float32 matmul {limits['matmul_gflop_s']:.0f} GFLOP/s; tensors"
+        f"Medians on {place}, torch {machine['torch']}, {peer}, {machine['date']},"
+        f" commit {machine['commit']}, `{machine['command']}`. Ours and the peers took turns."
+        f" Limits measured in the same run: read {limits['read_gb_s']:.1f} GB/s,"
+        f" copy {limits['copy_gb_s']:.1f} GB/s (both ways),"
+        f" {dtype} matmul {limits['matmul_gflop_s']:.0f} GFLOP/s; tensors"
         " that lie in a cache pass 100 %."
     )
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Return the results in a file; without the file, results in which nothing was measured."""
-    if not path.exists():
-        return {"environment": {}, "limits": {}, "rows": []}
-    return json.loads(path.read_text())
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the results below a folder: name of the folder that has a results.json -> results."""
+    files = sorted(folder.glob("*/results.json"))
+    return {file.parent.name: json.loads(file.read_text()) for file in files}
 
 
 def replace_section(readme: str, text: str) -> str:
@@ -170,38 +211,14 @@ def replace_section(readme: str, text: str) -> str:
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
-def draw(results: dict[str, Any], path: Path) -> bool:
-    """Draw attention's time over tokens, ours and peers; False if too little was measured."""
-    rows = _attention(results)
-    if len(rows) < 2:
-        return False
-    from matplotlib.figure import Figure
-
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        for name, time in {"mistral_kernels": row, **row["peers"]}.items():
-            curves.setdefault(name, []).append((row["tokens"], time["median_us"] / 1e3))
-    figure = Figure(figsize=(6, 3.5), dpi=100, layout="tight")
-    axes = figure.subplots()
-    for name, points in curves.items():
-        axes.loglog(*zip(*points, strict=True), marker="o", label=name)
-    ticks = [row["tokens"] for row in rows]
-    axes.set_xticks(ticks, [f"{tokens // 1024}k" for tokens in ticks], minor=False)
-    axes.minorticks_off()
-    axes.set(xlabel="tokens", ylabel="ms", title="Attention, window 512, 16/4 heads of 64, float32")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path)
-    return True
-
-
 def main() -> int:
-    results = load(RESULTS)
-    if not results["rows"]:
-        print(f"{RESULTS.relative_to(ROOT)}: no results; `make bench` makes them")
+    machines = load(FOLDER)
+    if not machines:
+        print(f"{FOLDER.relative_to(ROOT)}: no results; `make bench` makes them")
         return 1
-    README.write_text(replace_section(README.read_text(), section(results)))
-    draw(results, PLOT)
+    README.write_text(replace_section(README.read_text(), section(machines)))
+    for name, results in machines.items():
+        plots.draw_all(results, FOLDER / name)
     return 0
 
 

@@ -18,6 +18,7 @@ from mistral_kernels.machine_limits import Limits, seconds
 
 OURS = "ours"
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+QUICK_ROUNDS = 3
 BUDGET_S = 0.4  # of a benchmark, where that allows more rounds than MIN_ROUNDS
 COLD_BYTES = 256 << 20  # several times any cache
 MAX_SETS = 256
@@ -47,6 +48,7 @@ def measure(
     compare: bool = True,
     rounds: int | None = None,
     steps: int = 1,
+    fewest: int = MIN_ROUNDS,
 ) -> Samples:
     """Time `call` and `peers` on the same inputs, in turns.
 
@@ -60,6 +62,7 @@ def measure(
         compare: refuse to time contestants that do not give the same values.
         rounds: calls of each contestant; None: as many as the budget allows.
         steps: equal steps in a call; the times are those of one step.
+        fewest: rounds that there are at least; below MIN_ROUNDS, also the most of `rounds`.
 
     Returns:
         Seconds of each round by contestant; on a GPU device times, and one more sample "graph".
@@ -82,7 +85,9 @@ def measure(
         sets = itertools.cycle([inputs, *_more_sets(make_inputs, inputs)] if cold else [inputs])
         if rounds is None:
             round_s = sum(seconds(run, *next(sets)) for run in contestants.values())
-            rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(BUDGET_S / round_s)))
+            rounds = max(fewest, min(MAX_ROUNDS, int(BUDGET_S / round_s)))
+        elif fewest < MIN_ROUNDS:
+            rounds = min(rounds, fewest)
         samples: Samples = {name: [] for name in contestants}
 
         def time_one(name: str) -> None:

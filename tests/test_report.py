@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import report
+from benchmarks import plots, report
 
 LIMITS = {"read_gb_s": 31.0, "copy_gb_s": 20.0, "matmul_gflop_s": 200.0}
 MACHINE = {
@@ -25,8 +25,13 @@ def row(op: str, case: str, median_us: float, **fields) -> dict:
     return where | times | {"peers": {}} | fields
 
 
-def results(*rows: dict) -> dict:
-    return {"environment": MACHINE, "limits": {"cpu": LIMITS}, "rows": list(rows)}
+def results(*rows: dict, device: str = "cpu") -> dict:
+    machine = MACHINE | {"gpu": "a GPU" if device == "cuda" else None}
+    return {"environment": machine, "limits": {device: LIMITS}, "rows": list(rows)}
+
+
+def of_cpu(*rows: dict) -> str:
+    return report.section({"cpu": results(*rows)})
 
 
 def attention(exponent: float) -> list[dict]:
@@ -51,13 +56,13 @@ def line(section: str, label: str) -> str:
 
 def test_readme_shows_the_committed_results():
     readme = report.README.read_text()
-    committed = report.section(report.load(report.RESULTS))
+    committed = report.section(report.load(report.FOLDER))
     assert report.replace_section(readme, committed) == readme
 
 
 def test_a_case_with_its_peer():
     peers = {"torch": {"median_us": 2460.0, "ratio": 2.0}}
-    text = report.section(results(row("linear", "small-w13-1", 1230.0, peers=peers)))
+    text = of_cpu(row("linear", "small-w13-1", 1230.0, peers=peers))
     assert line(text, "`linear`, 1 row").endswith(
         "| torch |  | 1.23 ms against 2.46 ms: 2.00x; 80 % of read | not measured |"
     )
@@ -68,7 +73,7 @@ def test_a_case_with_its_peer():
 def test_a_missing_peer_is_said():
     lonely = results(row("model", "dense-180m-decode", 30e3, backend="auto", tokens=1))
     lonely["environment"] = MACHINE | {"transformers": None}
-    text = report.section(lonely)
+    text = report.section({"cpu": lonely})
     assert "30.0 ms, transformers not measured; 80 % of read" in line(text, "dense-180m: a token")
     assert "transformers not installed" in text
 
@@ -79,26 +84,39 @@ def test_the_reference_and_fewer_layers_are_said():
         row("model", "dense-180m-prefill-2048", 5e5, **fields),
         row("linear", "small-w13-1", 1e3, backend="reference"),
     )
-    text = report.section(results(*rows))
+    text = of_cpu(*rows)
     assert "500 ms (1 layer)," in line(text, "dense-180m, prompt of 2048")
     assert "1.00 ms (reference)," in line(text, "`linear`, 1 row")
 
 
 def test_growth_is_fitted():
-    text = report.section(results(*attention(1.5)))
+    text = of_cpu(*attention(1.5))
     assert "tokens^1.50" in text and "scratch) as tokens^1.00" in text
-    assert "tokens^" not in report.section(results(*attention(1.5)[:3]))
+    assert "tokens^" not in of_cpu(*attention(1.5)[:3])
 
 
 def test_nothing_measured(tmp_path):
-    text = report.section(report.load(tmp_path / "none.json"))
-    assert text.count(report.MISSING) == 2 * len(report.LINES)
+    text = report.section(report.load(tmp_path))
+    assert text.count(report.MISSING) == 2 * len(report.LINES) + 1
+    assert text.endswith("GPU: not measured.")
 
 
-def test_files_of_results_are_read(tmp_path):
-    path = tmp_path / "cpu.json"
-    path.write_text(json.dumps(results(*attention(1.0))))
-    assert report.load(path) == results(*attention(1.0))
+def test_a_gpu_has_a_column_of_its_own(tmp_path):
+    fields = {"device": "cuda", "dtype": "bfloat16"}
+    peers = {"grouped_mm": {"median_us": 400.0, "ratio": 2.5}}
+    rows = (
+        row("expert_mlp", "8x7b-1", 160.0, peers=peers, backend="cuda", **fields),
+        row("expert_mlp", "8x7b-1", 180.0, peers=peers, backend="triton", **fields),
+    )
+    (tmp_path / "h200").mkdir()
+    written = json.dumps(results(*rows, device="cuda"))
+    (tmp_path / "h200" / "results.json").write_text(written)
+    text = report.section(report.load(tmp_path))
+    assert "| case | against | a GPU |" in text and "Medians on a GPU, torch 2.13.0" in text
+    assert line(text, "`expert_mlp`, 8x7B, tokens 1 ").endswith(
+        "| grouped_mm | 160 us against 400 us: 2.50x; 80 % of read |"
+    )
+    assert line(text, "`expert_mlp`, 8x7B, tokens 4096").endswith("| not measured |")
 
 
 def test_the_section_is_replaced_between_its_markers():
@@ -117,8 +135,14 @@ def test_durations(us, shown):
     assert report.duration(us) == shown
 
 
-def test_the_plot_is_drawn(tmp_path):
-    path = tmp_path / "plot.png"
-    assert not report.draw(results(), path) and not path.exists()
-    assert report.draw(results(*attention(1.0)), path)
-    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 60_000
+def test_plots_are_drawn_and_come_out_the_same(tmp_path):
+    assert plots.draw_all(results(), tmp_path) == []
+    rates = {"gb_s": 10.0, "gflop_s": 50.0}
+    decode = row("model", "dense-180m-decode", 30e3, backend="auto", tokens=1, **rates)
+    decode["peers"] = {"transformers": {"median_us": 60e3, "ratio": 2.0}}
+    rows = [r | rates for r in attention(1.0)]
+    paths = plots.draw_all(results(*rows, decode), tmp_path)
+    assert [path.stem for path in paths] == ["attention", "roofline", "model"]
+    first = [path.read_bytes() for path in paths]
+    assert all(data.startswith(b"\x89PNG") and len(data) < 90_000 for data in first)
+    assert [p.read_bytes() for p in plots.draw_all(results(*rows, decode), tmp_path)] == first

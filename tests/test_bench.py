@@ -1,0 +1,125 @@
+"""The benchmark suite end to end on tiny shapes: it goes on after anything that may stop it."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import run, run_folder
+from mistral_kernels.environment import cpu_name
+from mistral_kernels.machine_limits import Limits
+
+ROOT = Path(__file__).resolve().parents[1]
+BROKEN = """
+import os, signal
+from benchmarks.bench_rms_norm import SHAPES
+OP = "planted"
+
+def test_wrong(bench):
+    raise ArithmeticError("planted")
+
+def test_killed(bench):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def suite(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    # Not the environment of a worker of pytest-xdist, where pytest-benchmark measures nothing.
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST_")}
+    command = [sys.executable, "-m", "benchmarks.run", "--out", "out", "--sizes", "tiny"]
+    return subprocess.run(
+        [*command, *arguments],
+        cwd=folder,
+        env=kept | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def copied(tmp_path) -> Path:
+    """A folder with the suite, of which one benchmark is left, and a broken one."""
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for path in (tmp_path / "benchmarks").glob("bench_*.py"):
+        if path.name != "bench_rms_norm.py":
+            path.unlink()
+    (tmp_path / "benchmarks" / "bench_broken.py").write_text(BROKEN)
+    return tmp_path
+
+
+def test_the_suite_goes_on_after_failures_and_resumes(copied):
+    out = copied / "out"
+    ended = suite(copied)
+    assert ended.returncode == 1, ended.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert results["failed"].pop("bench_broken.py") == "killed by SIGKILL"
+    wrong = results["failed"].values()
+    assert len(wrong) == 2 and all("planted" in reason for reason in wrong)
+    assert "planted" in ended.stderr and "killed by SIGKILL" in ended.stderr
+    assert results["environment"]["cpu"] == cpu_name()
+    assert results["limits"]["cpu"].keys() == set(Limits._fields)
+    rows = results["rows"]
+    assert [(row["dtype"], row["tokens"]) for row in rows] == [("float32", 3), ("bfloat16", 3)]
+    for row in rows:
+        assert 0 < row["q1_us"] <= row["median_us"] <= row["q3_us"]
+        assert row["peers"]["torch"]["ratio"] > 0
+    with (out / "results.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(line["torch ratio"]) for line in table] == [
+        row["peers"]["torch"]["ratio"] for row in rows
+    ]
+
+    # Killed in the middle of the last row, the broken benchmark mended: only that row is missing.
+    (copied / "benchmarks" / "bench_broken.py").unlink()
+    lines = (out / "rows.jsonl").read_text().splitlines()
+    first, last = (line for line in lines if '"row"' in line)
+    (out / "rows.jsonl").write_text(f"{first}\n{last[:-40]}")
+    ended = suite(copied)
+    assert ended.returncode == 0, ended.stderr
+    assert "1 rows are there" in ended.stderr and "bench_rms_norm: 1 rows, 0 failed" in ended.stderr
+    again = json.loads((out / "results.json").read_text())
+    assert again["failed"] == {} and again["rows"][0] == rows[0]
+    assert again["rows"][1]["median_us"] > 0 and len(again["rows"]) == 2
+
+
+def run_of(**changes) -> dict:
+    environment = dict.fromkeys(run_folder.SAME, "a") | changes
+    return {"environment": environment, "limits": {}, "choices": {"quick": False}}
+
+
+def test_a_run_of_another_environment_is_refused(tmp_path):
+    run_folder.start(tmp_path, run_of(commit="abc"))
+    run_folder.append(tmp_path, {"row": {}, "id": []})
+    run_folder.append(tmp_path, {"failed": "x", "reason": "y"})
+    assert run_folder.resume(tmp_path, run_of(commit="abc-dirty")) == 1
+    assert run_folder.lines(tmp_path) == [{"row": {}, "id": []}]
+    with pytest.raises(ValueError, match="torch a -> b.*--restart"):
+        run_folder.resume(tmp_path, run_of(commit="abc", torch="b"))
+    with pytest.raises(ValueError, match="quick False -> True"):
+        run_folder.resume(tmp_path, run_of(commit="abc") | {"choices": {"quick": True}})
+
+
+def test_a_missing_peer_is_listed_once(tmp_path):
+    run_folder.start(tmp_path, run_of())
+    for _ in range(2):
+        run_folder.append(tmp_path, {"missing": {"flashinfer": "not installed"}})
+    assert run_folder.write_results(tmp_path)["missing_peers"] == {"flashinfer": "not installed"}
+
+
+def test_a_module_that_takes_too_long_is_stopped(tmp_path):
+    options = run.arguments(["--out", str(tmp_path), "--sizes", "tiny", "--timeout", "0.1"])
+    reason = run.run_module(ROOT / "benchmarks" / "bench_rms_norm.py", options)
+    assert reason == "not done after 0.1 s"
+
+
+def test_the_suites_share_all_benchmarks():
+    ops, model, every = (set(run.modules(suite)) for suite in ("ops", "model", "all"))
+    assert ops | model == every and not ops & model
+    assert {"bench_rms_norm", "bench_linear"} <= {path.stem for path in ops}
+    assert "bench_model" in {path.stem for path in model}
