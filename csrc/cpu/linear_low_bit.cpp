@@ -7,10 +7,11 @@
 //     fp8 (64 weights): 4 widenings, shifts, masks and FMAs, 4 conversions of two each, 12 cycles.
 // At 2.5 GHz that is 13, 27 and 13 GB/s where a core reads 12: memory is the limit of int8 and just
 // about that of the others, so one row was to take 1/2 and 1/4 of the time of bf16. Measured, one
-// thread of a Xeon (Cascade Lake) that others used too, weight (7168, 1024), 2026-11-22: bf16 reads
-// 11.7 GB/s; int8 takes 1 / 1.8 of its time, fp8 1 / 1.4, int4 of whole rows 1 / 2.9, g128 1 / 2.3,
-// g32 1 / 2.25. From the caches 4 bits come at 9 GB/s by whole rows and 7 by groups of 32 or 128:
-// turning to the next scales costs 8 rows of a vector some 30 of 92 cycles.
+// row, one thread of a Xeon (Cascade Lake) that others used too, CPU time in turns, weights of
+// (7168, 1024) and (1024, 3584) from memory, 2026-11-22: bf16 reads 9 to 12 GB/s; int8 takes
+// 1 / 1.6 to 1 / 1.8 of its time, fp8 1 / 1.4 to 1 / 1.6, int4 of whole rows 1 / 2.5 to 1 / 3.1,
+// g128 1 / 2.1 to 1 / 2.9, g32 1 / 2.0 to 1 / 2.7. From the caches 4 bits come at 10.5 GB/s by
+// whole rows and at 9 by groups of 128.
 #include "cpu/low_bit_dot.h"
 
 namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH {
