@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional
 
 from benchmarks.timing import Work
 from mistral_kernels import ops
@@ -35,30 +34,7 @@ SHAPES = {
 QUICK = ("small-1", "small-512", "8x7b-1", "8x7b-4096")
 
 
-def expert_loop(x, w13, w2, weights, expert_ids):
-    """The eager loop over the experts that have tokens."""
-    out = torch.zeros_like(x)
-    for expert in expert_ids.unique().tolist():
-        tokens, slots = (expert_ids == expert).nonzero(as_tuple=True)
-        gate, up = functional.linear(x[tokens], w13[expert]).chunk(2, -1)
-        down = functional.linear(functional.silu(gate) * up, w2[expert])
-        out.index_add_(0, tokens, down * weights[tokens, slots, None].to(x.dtype))
-    return out
-
-
-def grouped_mm(x, w13, w2, weights, expert_ids):
-    """Tokens sorted by expert, two grouped products, as transformers 5 does it by default."""
-    order = expert_ids.flatten().argsort()
-    ends = torch.bincount(expert_ids.flatten(), minlength=len(w13)).cumsum(0).int()
-    rows = x[order // expert_ids.shape[1]]
-    gate, up = functional.grouped_mm(rows, w13.mT, offs=ends).chunk(2, -1)
-    down = functional.grouped_mm(functional.silu(gate) * up, w2.mT, offs=ends)
-    weighted = torch.empty_like(down)
-    weighted[order] = down * weights.flatten()[order, None].to(x.dtype)
-    return weighted.view(*expert_ids.shape, -1).sum(1)
-
-
-def test_expert_mlp(bench, device, shape, dtype, backend):
+def test_expert_mlp(bench, peers, device, shape, dtype, backend):
     tokens, hidden, ffn_dim, experts, top_k = shape
     kind = {"dtype": dtype, "device": device}
     values, expert_ids = torch.rand(tokens, experts, device=device).topk(top_k)  # random routing
@@ -75,4 +51,4 @@ def test_expert_mlp(bench, device, shape, dtype, backend):
     touched = len(expert_ids.unique())
     moved = (3 * touched * hidden * ffn_dim + 2 * tokens * hidden) * dtype.itemsize
     work = Work(bytes=moved, flops=6 * tokens * top_k * hidden * ffn_dim)
-    bench(run, inputs, work, {"loop": expert_loop, "grouped_mm": grouped_mm}, cold=True)
+    bench(run, inputs, work, peers, cold=True)

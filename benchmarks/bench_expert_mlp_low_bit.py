@@ -37,7 +37,7 @@ SHAPES = {
 }
 
 
-def test_expert_mlp_low_bit(bench, device, shape, dtype, backend):
+def test_expert_mlp_low_bit(bench, peers, device, shape, dtype, backend):
     tokens, hidden, ffn_dim, experts, top_k, name = shape
     how = group_of(name)
     values, expert_ids = torch.rand(tokens, experts, device=device).topk(top_k)  # random routing
@@ -61,4 +61,4 @@ def test_expert_mlp_low_bit(bench, device, shape, dtype, backend):
     moved = touched * sum(weight_bytes(*size, name, dtype) for size in sizes)
     moved += 2 * tokens * hidden * dtype.itemsize
     work = Work(bytes=moved, flops=6 * tokens * top_k * hidden * ffn_dim)
-    bench(run, inputs, work, {"expert_mlp": dense_experts}, cold=True)
+    bench(run, inputs, work, peers | {"expert_mlp": dense_experts}, cold=True)

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional
 
 from benchmarks.timing import Work
 from mistral_kernels import ops
@@ -37,7 +36,7 @@ SHAPES = {
 QUICK = ("small-w13-1", "small-w13-8", "7b-qkv-1")
 
 
-def test_linear(bench, device, shape, dtype, backend):
+def test_linear(bench, peers, device, shape, dtype, backend):
     tokens, in_dim, out_dim = shape
     kind = {"dtype": dtype, "device": device}
 
@@ -49,4 +48,4 @@ def test_linear(bench, device, shape, dtype, backend):
 
     moved = tokens * (in_dim + out_dim) + in_dim * out_dim
     work = Work(bytes=moved * dtype.itemsize, flops=2 * tokens * in_dim * out_dim)
-    bench(run, inputs, work, {"torch": functional.linear}, cold=True)
+    bench(run, inputs, work, peers, cold=True)

@@ -43,7 +43,7 @@ SHAPES = {"tiny": shapes(TINY, 40), "cpu": shapes(SIZES, 2048), "cuda": {}}
 def test_low_bit_model(bench, shape, dtype):
     full = random_model(shape, dtype)
     model = in_few_bits(full, shape.format.partition("-")[0])
-    ours = decode_contest(model, None, shape)[OURS]
-    theirs = decode_contest(full, None, shape)[OURS]
+    ours = decode_contest(model, {}, shape)[OURS]
+    theirs = decode_contest(full, {}, shape)[OURS]
     work = work_of(model, shape)
     bench(ours, tuple, work, {"full": theirs}, compare=False, rounds=ROUNDS, steps=STEPS)

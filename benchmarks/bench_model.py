@@ -11,12 +11,12 @@ would take half an hour. For the same reason the longest are called three times,
 ones run in float32 only. `--sizes full` spares nothing.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from benchmarks import peers
 from benchmarks.timing import OURS, Work
 from mistral_kernels import Transformer, ops
 from mistral_kernels.model import random_weights
@@ -104,7 +104,7 @@ def work_of(model: Transformer, shape: Shape) -> Work:
 
 
 def filled_cache(model: Transformer, keys_values: torch.Tensor, max_tokens: int) -> KVCache:
-    """Our cache with what `peers.Peer.cache` puts into theirs."""
+    """Our cache with what an engine's `cache` puts into theirs."""
     tokens = keys_values.shape[-2]
     cache = model.new_cache(1, max_tokens)
     offsets = torch.tensor([0, tokens], dtype=torch.int32)
@@ -114,7 +114,7 @@ def filled_cache(model: Transformer, keys_values: torch.Tensor, max_tokens: int)
     return cache
 
 
-def test_model(bench, request, shape, dtype):
+def test_model(bench, peers, request, shape, dtype):
     rounds = ROUNDS
     if shape.tokens > 1 and request.config.getoption("sizes") != "full":
         if dtype == torch.bfloat16 and shape.tokens > BF16_TOKENS:
@@ -122,7 +122,7 @@ def test_model(bench, request, shape, dtype):
         shape = shape._replace(layers=max(1, min(shape.layers, LAYER_TOKENS // shape.tokens)))
         rounds = ROUNDS if shape.tokens < LONG_TOKENS else LONG_ROUNDS
     model = random_model(shape, dtype)
-    theirs = peers.Peer(model) if peers.installed() else None
+    theirs = {name: engine(model) for name, engine in peers.items()}
     contest = decode_contest if shape.tokens == 1 else prefill_contest
     calls = contest(model, theirs, shape)
     work = work_of(model, shape)
@@ -133,23 +133,24 @@ def test_model(bench, request, shape, dtype):
     row["layers"] = shape.layers
 
 
-def decode_contest(model: Transformer, theirs: peers.Peer | None, shape: Shape) -> dict:
+def decode_contest(model: Transformer, theirs: dict[str, Any], shape: Shape) -> dict:
     """Calls that go on from `context` tokens: rings are full, so each costs the same."""
     heads = (model.config.kv_heads, shape.context, model.config.head_dim)
     keys_values = torch.randn(shape.layers, 2, 1, *heads).to(model.dtype)
     tokens = torch.randint(shape.vocab, (STEPS,))
-    cache = filled_cache(model, keys_values, shape.context + STEPS * (ROUNDS + 1))
+    steps = STEPS * (ROUNDS + 1)
+    cache = filled_cache(model, keys_values, shape.context + steps)
 
     def decode() -> torch.Tensor:
         return torch.cat([model.forward(token[None], [1], cache) for token in tokens])
 
-    if theirs is None:
-        return {OURS: decode}
-    their_cache = theirs.cache(keys_values)
-    return {OURS: decode, peers.NAME: lambda: theirs.decode(tokens, their_cache)}
+    return {OURS: decode} | {
+        name: partial(engine.decode, tokens, engine.cache(keys_values, steps))
+        for name, engine in theirs.items()
+    }
 
 
-def prefill_contest(model: Transformer, theirs: peers.Peer | None, shape: Shape) -> dict:
+def prefill_contest(model: Transformer, theirs: dict[str, Any], shape: Shape) -> dict:
     """Calls that feed a whole prompt to a new cache."""
     prompt = torch.randint(shape.vocab, (shape.tokens,))
 
@@ -157,6 +158,6 @@ def prefill_contest(model: Transformer, theirs: peers.Peer | None, shape: Shape)
         cache = model.new_cache(1, shape.tokens)
         return model.forward(prompt, [shape.tokens], cache, last_only=True)
 
-    if theirs is None:
-        return {OURS: prefill}
-    return {OURS: prefill, peers.NAME: lambda: theirs.prefill(prompt)}
+    return {OURS: prefill} | {
+        name: partial(engine.prefill, prompt) for name, engine in theirs.items()
+    }

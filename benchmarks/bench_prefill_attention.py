@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.attention_peers import attention_peers
 from benchmarks.timing import Work
 from mistral_kernels import ops
 from mistral_kernels.peak_memory import peak_bytes
@@ -37,7 +36,7 @@ SHAPES = {
 QUICK = ("small-2k-w512", "small-8k-w512", "7b-16k-w4096")
 
 
-def test_prefill_attention(bench, device, shape, dtype, backend):
+def test_prefill_attention(bench, peers, device, shape, dtype, backend):
     tokens, q_heads, kv_heads, head_dim, window = shape
     cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
 
@@ -52,7 +51,7 @@ def test_prefill_attention(bench, device, shape, dtype, backend):
     seen = width * (width + 1) // 2 + (tokens - width) * width  # (query, key) pairs
     moved = 2 * tokens * (q_heads + kv_heads) * head_dim * dtype.itemsize
     work = Work(bytes=moved, flops=4 * seen * q_heads * head_dim)
-    row = bench(run, inputs, work, attention_peers(tokens, window, dtype, device))
+    row = bench(run, inputs, work, peers)
     if device == "cpu":
         qkv = inputs()
         row["peak_bytes"] = peak_bytes(lambda: run(*qkv))

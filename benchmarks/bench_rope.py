@@ -28,15 +28,7 @@ SHAPES = {
 }
 
 
-def rotate_by_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """The eager formula on pairs, written back in place as rope_ does."""
-    pairs = x.unflatten(-1, (-1, 2)).float()
-    a, b = pairs.unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    x.copy_(torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2))
-
-
-def test_rope(bench, device, shape, dtype, backend):
+def test_rope(bench, peers, device, shape, dtype, backend):
     tokens, q_heads, kv_heads, head_dim = shape
 
     def inputs():
@@ -44,20 +36,17 @@ def test_rope(bench, device, shape, dtype, backend):
         angles = torch.rand(tokens, head_dim // 2, device=device)
         positions = torch.arange(tokens, dtype=torch.int32, device=device)
         q, k, _ = qkv.split((q_heads, kv_heads, kv_heads), 1)
-        return q, k, angles.cos(), angles.sin(), positions
+        cos, sin = angles.cos(), angles.sin()
+        # The same tables as some peers keep them.
+        forms = {"joined": torch.cat((cos, sin), 1), "rounded": (cos.to(dtype), sin.to(dtype))}
+        return q, k, cos, sin, positions, forms
 
-    def run(q, k, cos, sin, positions):
+    def run(q, k, cos, sin, positions, _):
         ops.rope_(q, k, cos, sin, positions, interleaved=True, backend=backend)
-        return k
-
-    def by_torch(q, k, cos, sin, positions):
-        rows = positions.long()
-        rotate_by_torch(q, cos[rows], sin[rows])
-        rotate_by_torch(k, cos[rows], sin[rows])
         return k
 
     elements = tokens * (q_heads + kv_heads) * head_dim
     tables = tokens * head_dim * 4  # cos and sin, float32
     moved = 2 * elements * dtype.itemsize + tables
     work = Work(bytes=moved, flops=3 * elements, writes=True)
-    bench(run, inputs, work, {"torch": by_torch})
+    bench(run, inputs, work, peers)

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional
 
 from benchmarks.timing import Work
 from mistral_kernels import ops
@@ -27,12 +26,7 @@ SHAPES = {
 }
 
 
-def silu_mul_by_torch(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, -1)
-    return functional.silu(gate) * up
-
-
-def test_silu_mul(bench, device, shape, dtype, backend):
+def test_silu_mul(bench, peers, device, shape, dtype, backend):
     tokens, ffn_dim = shape
 
     def inputs():
@@ -43,4 +37,4 @@ def test_silu_mul(bench, device, shape, dtype, backend):
 
     elements = tokens * ffn_dim
     work = Work(bytes=3 * elements * dtype.itemsize, flops=5 * elements, writes=True)
-    bench(run, inputs, work, {"torch": silu_mul_by_torch})
+    bench(run, inputs, work, peers)

@@ -32,7 +32,7 @@ SHAPES = {
 }
 
 
-def test_store_kv(bench, device, shape, dtype, backend):
+def test_store_kv(bench, peers, device, shape, dtype, backend):
     batch, chunk, kv_heads, head_dim, window = shape
     pages = window // PAGE_SIZE
 
@@ -51,13 +51,5 @@ def test_store_kv(bench, device, shape, dtype, backend):
         ops.store_kv_(k, v, k_cache, v_cache, *where, backend=backend)
         return v_cache
 
-    def by_torch(k, v, k_cache, v_cache, table, cu_seqlens, context_lens):
-        positions = context_lens[:, None] + torch.arange(chunk, device=device)
-        slots = positions % window
-        page = table.gather(1, slots // PAGE_SIZE).flatten().long()
-        k_cache[page, (slots % PAGE_SIZE).flatten()] = k
-        v_cache[page, (slots % PAGE_SIZE).flatten()] = v
-        return v_cache
-
     moved = 4 * batch * chunk * kv_heads * head_dim * dtype.itemsize  # k and v, read and written
-    bench(run, inputs, Work(bytes=moved, flops=0, writes=True), {"torch": by_torch})
+    bench(run, inputs, Work(bytes=moved, flops=0, writes=True), peers)

@@ -11,11 +11,12 @@ import copy
 import pytest
 import torch
 
-from benchmarks import peers
 from benchmarks.bench_model import SIZES, TINY, Shape, random_model, work_of
+from benchmarks.peers import peers_of
 from benchmarks.timing import OURS
 
 OP = "transformers"
+PEER = "transformers"
 PROMPT = 16
 STEPS = 24  # new tokens of a timed call
 ROUNDS = 5
@@ -28,12 +29,13 @@ SHAPES = {
 
 
 def test_generate(bench, shape, dtype):
-    if not peers.installed():
-        pytest.skip("transformers is not installed")
+    found, reasons = peers_of("model", "cpu", (PEER,))
+    if PEER not in found:
+        pytest.skip(f"{PEER}: {reasons[PEER]}")
     from mistral_kernels.integrations.transformers import NAME, RollingCache, enable
 
     model = random_model(shape, dtype)
-    theirs = peers.Peer(model).model
+    theirs = found[PEER].Engine(model).model
     switches, ours = (twin(theirs) for _ in range(2))
     for switched in (switches, ours):
         switched.set_attn_implementation(NAME)
@@ -53,7 +55,7 @@ def test_generate(bench, shape, dtype):
 
     calls = {
         OURS: lambda: generate(ours, past_key_values=RollingCache(ours.config)),
-        peers.NAME: lambda: generate(theirs),
+        PEER: lambda: generate(theirs),
         "switches": lambda: generate(switches),
     }
     work = work_of(model, shape)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import run_folder
-from benchmarks.peers import peers_of
+from benchmarks.peers import calls_of
 from benchmarks.timing import MIN_ROUNDS, QUICK_ROUNDS, measure, summary
 from mistral_kernels.machine_limits import STREAM_BYTES, Limits, machine_limits
 from mistral_kernels.ops import dispatch
@@ -93,42 +93,46 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @pytest.fixture
-def wanted_peers(request, device) -> set[str] | None:
-    """Names of the peers that were asked for, None for all; notes those that cannot run here."""
-    text = request.config.getoption("peers")
-    wanted = None if text == "all" else set(text.split(",")) - {"none"}
-    _, missing = peers_of(request.module.OP, device, wanted)
-    folder = request.config.getoption("rows")
-    noted = request.config.stash[MISSING]
-    if folder and not missing.items() <= noted.items():
-        noted |= missing
-        run_folder.append(folder, {"missing": missing})
-    return wanted
+def identity(request, device, case, shape, dtype, backend) -> tuple[dict[str, Any], str]:
+    """What a row says of its case, and the name by which a run knows it; skips what it has."""
+    where = {"op": request.module.OP, "case": case, "device": device, "backend": backend}
+    where |= {"dtype": dtype_name(dtype)}
+    name = run_folder.identity(where, shape._asdict())
+    if name in request.config.stash[MEASURED]:
+        pytest.skip("measured already")
+    return where, name
 
 
 @pytest.fixture
-def bench(request, benchmark, wanted_peers, device, case, shape, dtype, backend) -> Callable:
+def peers(request, identity, device, shape, dtype) -> dict[str, Callable]:
+    """Name -> the call of a peer of this benchmark's op; of the model, what makes its engine.
+
+    Notes why others have none.
+    """
+    text = request.config.getoption("peers")
+    wanted = None if text == "all" else set(text.split(",")) - {"none"}
+    calls, missing = calls_of(request.module.OP, shape, dtype, device, wanted)
+    folder, noted = request.config.getoption("rows"), request.config.stash[MISSING]
+    new = {name: reason for name, reason in missing.items() if name not in noted}
+    noted |= new
+    if folder and new:
+        run_folder.append(folder, {"missing": new})
+    return calls
+
+
+@pytest.fixture
+def bench(request, benchmark, identity, device, shape) -> Callable:
     """`bench(call, make_inputs, work, peers, **how)` times as `timing.measure` does and returns the
     row that is kept, to which the benchmark may add columns."""
-    option = request.config.getoption
-    where = {"op": request.module.OP, "case": case, "device": device, "backend": backend}
-    where |= {"dtype": dtype_name(dtype)}
-    identity = run_folder.identity(where, shape._asdict())
-    if identity in request.config.stash[MEASURED]:
-        pytest.skip("measured already")
-    # A benchmark's own contestants, such as ours without a window, are not anyone's to leave out.
-    unwanted = set()
-    if wanted_peers is not None:
-        unwanted = peers_of(where["op"], device, None)[0].keys() - wanted_peers
+    option, (where, name) = request.config.getoption, identity
 
     def run(call, make_inputs, work, peers, **how) -> dict[str, Any]:
         row = where | shape._asdict()
-        peers = {name: peer for name, peer in peers.items() if name not in unwanted}
         fewest = QUICK_ROUNDS if option("quick") else MIN_ROUNDS
         samples = measure(benchmark, call, make_inputs, peers, fewest=fewest, **how)
         if samples:
             row |= summary(samples, work, limits_of(option("rows"), device, option("sizes")))
-            request.node.stash[ROW] = {"id": identity, "row": row}
+            request.node.stash[ROW] = {"id": name, "row": row}
         return row
 
     torch.manual_seed(0)

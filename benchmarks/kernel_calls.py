@@ -28,7 +28,7 @@ def bench_call(stem: str, shape: tuple, device: str) -> tuple[Callable[..., Tens
         found.append((call, make_inputs()))
         return {}
 
-    test(bench, device, shape, torch.bfloat16, "triton")
+    test(bench, {}, device, shape, torch.bfloat16, "triton")
     ((call, inputs),) = found
     return (with_gradients(call) if stem.endswith("_backward") else call), inputs
 

@@ -1,41 +1,32 @@
-"""The whole model as transformers has it, with its defaults: sdpa attention, grouped_mm experts.
+"""The whole model as transformers 5 has it, with its defaults: sdpa attention, grouped_mm experts.
 
-transformers may be absent: then there is no such peer.
+Each step and each prompt is timed whole; weights and a filled cache are made before.
 """
-
-from __future__ import annotations
-
-import importlib.util
-import sys
 
 import torch
 from torch import Tensor
 
+from benchmarks.peers import packages
 from mistral_kernels import Transformer
 from mistral_kernels.model.weight_table import huggingface_table
 
 NAME = "transformers"
 
 
-def installed() -> bool:
-    """Tell whether there is a transformers to measure against."""
-    return importlib.util.find_spec("transformers") is not None
+def missing(device: str) -> str | None:
+    place = "transformers.initialization:no_init_weights"  # not before version 5
+    return packages.missing("transformers", place, needs_cuda=False, device=device)
 
 
-def peers_of(op: str, device: str, wanted=None) -> tuple[dict, dict[str, str]]:
-    """Return the peers of `op` that can run, and name -> reason of those that cannot."""
-    if op not in ("model", "transformers") or (wanted is not None and NAME not in wanted):
-        return {}, {}
-    if not installed():
-        return {}, {NAME: "not installed"}
-    return {NAME: sys.modules[__name__]}, {}
+def model(shape, dtype, device):
+    return Engine
 
 
-class Peer:
+class Engine:
     """transformers' model with the weights of ours.
 
     Args:
-        model: a dense or Mixtral-shaped model on the CPU, with one window for all layers.
+        model: a dense or Mixtral-shaped model, with one window for all layers.
     """
 
     def __init__(self, model: Transformer):
@@ -62,8 +53,9 @@ class Peer:
         else:
             self.config = MistralConfig(**sizes)
         with no_init_weights():  # they are copied below; initialising them takes seconds
-            self.model = AutoModelForCausalLM.from_config(self.config, dtype=model.dtype).eval()
+            theirs = AutoModelForCausalLM.from_config(self.config, dtype=model.dtype).eval()
         ours = dict(model.named_parameters())
+        self.model = theirs.to(next(iter(ours.values())).device)
         table = huggingface_table(config, stacked=bool(config.experts))
         self.model.load_state_dict(
             {key: ours[place.parameter][place.index] for key, place in table.items()}
@@ -73,12 +65,18 @@ class Peer:
         """Feed (tokens,) to a new cache; the last token's logits, (1, vocab)."""
         return self.model(input_ids[None], use_cache=True, logits_to_keep=1).logits[:, -1]
 
-    def cache(self, keys_values: Tensor):
-        """A cache as a prompt leaves it: `keys_values` is
-        (layers, 2, 1, kv_heads, tokens, head_dim), keys rotated; each layer keeps its window."""
+    def cache(self, keys_values: Tensor, steps: int):
+        """A cache as a prompt leaves it, with room for `steps` more tokens.
+
+        `keys_values` is (layers, 2, 1, kv_heads, tokens, head_dim), keys rotated as our model has
+        them; each layer keeps its window.
+        """
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self.config)
+        return self.filled(DynamicCache(config=self.config), keys_values)
+
+    def filled(self, cache, keys_values: Tensor):
+        """`cache` of transformers with what `keys_values` holds for each layer."""
         for layer, (keys, values) in enumerate(keys_values):
             cache.update(keys, values, layer)
         return cache
