@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import run_folder
-from benchmarks.peers import calls_of
+from benchmarks.peers import calls_of, peers_of
 from benchmarks.timing import MIN_ROUNDS, QUICK_ROUNDS, measure, summary
 from mistral_kernels.machine_limits import STREAM_BYTES, Limits, machine_limits
 from mistral_kernels.ops import dispatch
@@ -104,14 +104,19 @@ def identity(request, device, case, shape, dtype, backend) -> tuple[dict[str, An
 
 
 @pytest.fixture
-def peers(request, identity, device, shape, dtype) -> dict[str, Callable]:
+def peers(request, identity, device, case, shape, dtype) -> dict[str, Callable]:
     """Name -> the call of a peer of this benchmark's op; of the model, what makes its engine.
 
-    Notes why others have none.
+    Notes those that cannot run here, or not this case.
     """
-    text = request.config.getoption("peers")
+    op, text = request.module.OP, request.config.getoption("peers")
     wanted = None if text == "all" else set(text.split(",")) - {"none"}
-    calls, missing = calls_of(request.module.OP, shape, dtype, device, wanted)
+    _, absent = peers_of(op, device, wanted)
+    calls, reasons = calls_of(op, shape, dtype, device, wanted)
+    missing = {
+        name if name in absent else f"{name}, {op} {case}": reason
+        for name, reason in reasons.items()
+    }
     folder, noted = request.config.getoption("rows"), request.config.stash[MISSING]
     new = {name: reason for name, reason in missing.items() if name not in noted}
     noted |= new

@@ -24,8 +24,8 @@ from rich.console import Console
 from benchmarks import run_folder
 from benchmarks.environment import ROOT, environment
 from benchmarks.peers import peers_of
-from mistral_kernels import ops
 from mistral_kernels.machine_limits import STREAM_BYTES, machine_limits
+from mistral_kernels.ops import dispatch
 
 TINY_STREAM_BYTES = 1 << 20
 NOTHING_COLLECTED = 5  # pytest's exit status
@@ -37,7 +37,7 @@ def modules(suite: str) -> list[Path]:
     files = sorted((ROOT / "benchmarks").glob("bench_*.py"))
     if suite == "all":
         return files
-    names = {path.stem for path in Path(ops.__file__).parent.glob("*.py")}
+    names = {op.removesuffix("_") for op in dispatch.OPS}
     of_ops = {file: file.stem.removeprefix("bench_") in names for file in files}
     return [file for file in files if of_ops[file] == (suite == "ops")]
 
