@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import plots
+from benchmarks import growth, plots
 from benchmarks.growth import MISSING, exponent
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+GROWTH = ROOT / "docs" / "benchmarks.md"
 FOLDER = ROOT / "benchmarks" / "results"
 CPU = "cpu"  # its folder; all others are of GPUs
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -91,8 +92,18 @@ def section(machines: dict[str, dict[str, Any]]) -> str:
         parts.append(gpu_section(gpus))
     else:
         parts[0] += f" GPU: {MISSING}."
-    # What spans several benchmarks (headlines, growth) goes here, a text a section.
     return "\n\n".join(parts)
+
+
+def growth_section(machines: dict[str, dict[str, Any]]) -> str:
+    """Return what docs/benchmarks.md has of the same: headlines, growth and plots of each machine."""
+    parts = []
+    for name, results in machines.items():
+        device = "cpu" if name == CPU else "cuda"
+        parts += [growth.section(results, device), _machine(results, device)]
+        drawn = sorted((FOLDER / name).glob("*.png"))
+        parts.append("\n".join(f"![{plot.stem}](../{plot.relative_to(ROOT)})" for plot in drawn))
+    return "\n\n".join(filter(None, parts))
 
 
 def gpu_section(gpus: dict[str, dict[str, Any]]) -> str:
@@ -207,7 +218,7 @@ def replace_section(readme: str, text: str) -> str:
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in before + after:
-        raise ValueError(f"README: expected {BEGIN} and {END}, each once and in this order")
+        raise ValueError(f"benchmarks: expected {BEGIN} and {END}, each once and in this order")
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
@@ -216,9 +227,10 @@ def main() -> int:
     if not machines:
         print(f"{FOLDER.relative_to(ROOT)}: no results; `make bench` makes them")
         return 1
-    README.write_text(replace_section(README.read_text(), section(machines)))
     for name, results in machines.items():
         plots.draw_all(results, FOLDER / name)
+    for document, made in ((README, section(machines)), (GROWTH, growth_section(machines))):
+        document.write_text(replace_section(document.read_text(), made))
     return 0
 
 

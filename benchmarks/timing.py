@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.device_time import cold_l2_s, graph_replay_s
 from mistral_kernels.machine_limits import Limits, seconds
@@ -120,7 +121,7 @@ def check_agreement(results: Mapping[str, Tensor], share: float) -> None:
 
 
 def _more_sets(make_inputs: Callable[[], tuple], inputs: tuple) -> list[tuple]:
-    size = sum(value.nbytes for value in inputs if isinstance(value, Tensor))
+    size = sum(value.nbytes for value in tree_leaves(inputs) if isinstance(value, Tensor))
     return [make_inputs() for _ in range(min(MAX_SETS, COLD_BYTES // size))]
 
 

@@ -54,10 +54,12 @@ def line(section: str, label: str) -> str:
     return found
 
 
-def test_readme_shows_the_committed_results():
-    readme = report.README.read_text()
-    committed = report.section(report.load(report.FOLDER))
-    assert report.replace_section(readme, committed) == readme
+@pytest.mark.parametrize(
+    "document, made", [(report.README, report.section), (report.GROWTH, report.growth_section)]
+)
+def test_documents_show_the_committed_results(document, made):
+    text, committed = document.read_text(), made(report.load(report.FOLDER))
+    assert report.replace_section(text, committed) == text
 
 
 def test_a_case_with_its_peer():
