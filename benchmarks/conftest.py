@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import run_folder
-from benchmarks.peers import calls_of, peers_of
+from benchmarks.peers import calls_of, peers_of, wanted_peers
 from benchmarks.timing import MIN_ROUNDS, QUICK_ROUNDS, measure, summary
 from mistral_kernels.machine_limits import STREAM_BYTES, Limits, machine_limits
 from mistral_kernels.ops import dispatch
@@ -109,8 +109,7 @@ def peers(request, identity, device, case, shape, dtype) -> dict[str, Callable]:
 
     Notes those that cannot run here, or not this case.
     """
-    op, text = request.module.OP, request.config.getoption("peers")
-    wanted = None if text == "all" else set(text.split(",")) - {"none"}
+    op, wanted = request.module.OP, wanted_peers(request.config.getoption("peers"))
     _, absent = peers_of(op, device, wanted)
     calls, reasons = calls_of(op, shape, dtype, device, wanted)
     missing = {

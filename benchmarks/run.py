@@ -23,7 +23,7 @@ from rich.console import Console
 
 from benchmarks import run_folder
 from benchmarks.environment import ROOT, environment
-from benchmarks.peers import peers_of
+from benchmarks.peers import wanted_peers
 from mistral_kernels.machine_limits import STREAM_BYTES, machine_limits
 from mistral_kernels.ops import dispatch
 
@@ -57,9 +57,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Begin a run, or go on with the one in the folder; raise ValueError if that is another."""
-    if options.peers not in ("all", "none"):
-        peers_of("model", options.device, options.peers.split(","))  # knows all names
+    """Begin a run, or go on with the one in the folder; raise ValueError if that is another
+    or a peer is unknown."""
+    wanted_peers(options.peers)
     names = ("quick", "peers", "device", "sizes")
     run: dict[str, Any] = {"environment": environment(), "limits": {}}
     run["choices"] = {name: getattr(options, name) for name in names}

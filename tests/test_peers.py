@@ -126,8 +126,10 @@ def test_peers_are_found_by_op_and_name(monkeypatch):
     assert reasons.keys() >= {"flashinfer", "flash_attn", "flash_attn_3", "xformers"}
     assert not {"liger", "torch"} & (found.keys() | reasons.keys())  # they have no such op
     assert peers.peers_of("prefill_attention", "cpu", ()) == ({}, {})
+    assert peers.wanted_peers("all") is None and peers.wanted_peers("none") == set()
+    assert peers.wanted_peers("sdpa,liger") == {"sdpa", "liger"}
     with pytest.raises(ValueError, match="got sdpo$"):
-        peers.peers_of("prefill_attention", "cpu", ("sdpa", "sdpo"))
+        peers.wanted_peers("sdpa,sdpo")
     for name, plant in PLANT.items():
         plant(monkeypatch)
         assert peers.ADAPTERS[name].missing("cuda") is None

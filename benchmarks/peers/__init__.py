@@ -43,6 +43,20 @@ ADAPTERS = {
 }
 
 
+def wanted_peers(text: str) -> set[str] | None:
+    """The names that `--peers` holds: "all" (None), "none", or names with commas between.
+
+    Raises:
+        ValueError: a name is no adapter's.
+    """
+    if text == "all":
+        return None
+    names = set(text.split(",")) - {"none"}
+    if unknown := sorted(names - ADAPTERS.keys()):
+        raise ValueError(f"peers must be of {', '.join(ADAPTERS)}, got {', '.join(unknown)}")
+    return names
+
+
 def peers_of(
     op: str, device: str, wanted: Collection[str] | None = None
 ) -> tuple[dict[str, ModuleType], dict[str, str]]:
@@ -56,12 +70,7 @@ def peers_of(
     Returns:
         found: name -> adapter.
         reasons: name -> why an adapter that serves the op cannot run here.
-
-    Raises:
-        ValueError: `wanted` names no adapter.
     """
-    if unknown := sorted(set(wanted or ()) - ADAPTERS.keys()):
-        raise ValueError(f"peers must be of {', '.join(ADAPTERS)}, got {', '.join(unknown)}")
     found, reasons = {}, {}
     for name, adapter in ADAPTERS.items():
         if not hasattr(adapter, op) or (wanted is not None and name not in wanted):
