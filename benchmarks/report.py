@@ -96,7 +96,7 @@ def section(machines: dict[str, dict[str, Any]]) -> str:
 
 
 def growth_section(machines: dict[str, dict[str, Any]]) -> str:
-    """Return what docs/benchmarks.md has of the same: headlines, growth and plots of each machine."""
+    """Return the same for docs/benchmarks.md: headlines, growth and plots of each machine."""
     parts = []
     for name, results in machines.items():
         device = "cpu" if name == CPU else "cuda"
