@@ -18,7 +18,7 @@ from benchmarks.timing import OURS
 OP = "transformers"
 PEER = "transformers"
 PROMPT = 16
-STEPS = 24  # new tokens of a timed call
+STEPS = 48  # new tokens of a timed call
 ROUNDS = 5
 
 SHAPES = {
