@@ -314,8 +314,9 @@ def bench(
     """Measure prefill and decode, beside the limits of this machine in the same run."""
     printed = options.json == Path("-")
     out = None if printed else options.json
-    if out and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise ValueError(f"--json: expected a file in a folder that exists, got {out}")
+    # The file is replaced by a new one, which a device or a pipe must not be.
+    if out and (out.exists() and not out.is_file() or not out.absolute().parent.is_dir()):
+        raise ValueError(f"--json: expected a file in a folder that exists, or -, got {out}")
 
     from mistral_kernels.bench import run_bench
     from mistral_kernels.tables import print_speed

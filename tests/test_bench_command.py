@@ -1,6 +1,7 @@
 """`mistral-kernels bench`: its figures, what becomes of its options, and what it refuses."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -131,6 +132,13 @@ def test_a_folder_is_rounded_and_one_in_few_bits_keeps_its_form(tmp_path):
 )
 def test_what_is_refused(arguments, parts):
     assert_refused(refused(*arguments), *parts)
+
+
+def test_json_does_not_replace_a_pipe_or_a_device(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert_refused(refused("--json", pipe), "--json: expected a file", f"or -, got {pipe}")
+    assert pipe.is_fifo()
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
