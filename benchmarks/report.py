@@ -67,7 +67,10 @@ LINES = (
 
 
 GPU_LINES = (
-    Line("attention, 16k tokens, window 4096", "prefill_attention", "7b-16k-w4096", "sdpa"),
+    *(
+        Line("attention, 16k tokens, window 4096", "prefill_attention", "7b-16k-w4096", peer)
+        for peer in ("sdpa in blocks", "varlen_attn")
+    ),
     *(
         Line(f"decode, window 4096, batch {batch}", "decode_attention", f"7b-{batch}-w4096", "sdpa")
         for batch in (1, 8, 32)

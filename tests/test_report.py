@@ -1,10 +1,12 @@
 """README's table of speed is what the committed results say; and what a report makes of results."""
 
+import importlib
 import json
 
 import pytest
+import torch
 
-from benchmarks import plots, report
+from benchmarks import peers, plots, report
 
 LIMITS = {"read_gb_s": 31.0, "copy_gb_s": 20.0, "matmul_gflop_s": 200.0}
 MACHINE = {
@@ -60,6 +62,18 @@ def line(section: str, label: str) -> str:
 def test_documents_show_the_committed_results(document, made):
     text, committed = document.read_text(), made(report.load(report.FOLDER))
     assert report.replace_section(text, committed) == text
+
+
+@pytest.mark.parametrize(("device", "lines"), [("cpu", report.LINES), ("cuda", report.GPU_LINES)])
+def test_every_line_is_a_case_and_a_peer_of_the_suite(device, lines, monkeypatch):
+    for adapter in (peers.transformers, peers.varlen_attention):
+        monkeypatch.setattr(adapter, "missing", lambda device: None)
+    monkeypatch.setattr(peers.sdpa, "window_mask", lambda *_: torch.ones(1, 1, dtype=torch.bool))
+    for line in lines:
+        module = importlib.import_module(f"benchmarks.bench_{line.op.removesuffix('_')}")
+        shape = module.SHAPES[device][line.case]
+        calls, _ = peers.calls_of(line.op, shape, torch.bfloat16, "cpu")
+        assert line.peer in calls, line
 
 
 def test_a_case_with_its_peer():
