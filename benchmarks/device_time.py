@@ -11,11 +11,11 @@ REPEATS = 50
 FLUSH_BYTES = 256 << 20  # several times any L2
 
 
-def cold_l2_s(run: Callable, inputs: tuple) -> list[float]:
+def cold_l2_s(run: Callable, inputs: tuple, repeats: int = REPEATS) -> list[float]:
     """Return device times of single calls, each after the L2 was overwritten."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     pairs = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         flush.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

@@ -4,10 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks import timing
+from benchmarks.device_time import REPEATS
 from benchmarks.timing import Work, check_agreement, summary
 from mistral_kernels.machine_limits import Limits
 from mistral_kernels.peak_memory import peak_bytes
@@ -54,6 +57,21 @@ def test_contestants_that_disagree_are_refused():
         check_agreement({"ours": ours, "torch": ours + 3e-3}, 1e-3)
     with pytest.raises(AssertionError, match="torch is off by nan"):
         check_agreement({"ours": ours, "torch": ours * torch.nan}, 1e-3)
+
+
+def test_contestants_take_turns_on_a_gpu(monkeypatch):
+    order = []
+
+    def timed(run, inputs, repeats):
+        order.append(run())
+        return [1e-3] * repeats
+
+    monkeypatch.setattr(timing, "cold_l2_s", timed)
+    benchmark = SimpleNamespace(pedantic=lambda *_, **__: None, params={"backend": "reference"})
+    calls = {name: lambda name=name: name for name in ("ours", "torch")}
+    samples = timing._on_gpu(benchmark, calls, tuple, ())
+    assert order == ["ours", "torch"] * timing.GPU_TURNS
+    assert [len(times) for times in samples.values()] == [REPEATS, REPEATS]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells its peak")
