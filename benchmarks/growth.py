@@ -1,4 +1,4 @@
-"""What grows how, and the models' published headlines beside ours: a section of README.
+"""What grows how, and the models' published headlines beside ours: a section of docs/benchmarks.md.
 
 `python -m benchmarks.growth FILE` prints it for a file of results and fails where time grows
 otherwise than it must.
@@ -6,6 +6,7 @@ otherwise than it must.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -81,7 +82,7 @@ def exponent(points: Sequence[tuple[float, float]]) -> Fit:
 
 
 def section(results: dict[str, Any], device: str = "cpu") -> str:
-    """Return README's part on headlines and growth, in Markdown.
+    """Return the part of docs/benchmarks.md on headlines and growth, in Markdown.
 
     Args:
         results: "rows" as the benchmarks write them; any of them may be missing, and says so.
@@ -156,10 +157,17 @@ def _growth(rows: list[Row], series: Series) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Print the section for a file of results; 1 if a growth that must hold does not."""
-    results = json.loads(Path(argv[0]).read_text())
+    """Print the section for a file of results; 1 if a growth that must hold does not, 2 without
+    results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth")
+    parser.add_argument("file", type=Path, help="results.json of a run")
+    path = parser.parse_args(argv).file
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"{path}: {error}")
     devices = [name for name in FITTED_DTYPE if any(r["device"] == name for r in results["rows"])]
-    for device in devices:
+    for device in devices or FITTED_DTYPE:
         print(section(results, device))
     failures = missed(results)
     print(*failures, sep="\n")

@@ -1,4 +1,4 @@
-"""Exponents are fitted, and README's part on headlines and growth says what was measured."""
+"""Exponents are fitted, and the page on headlines and growth says what was measured."""
 
 import json
 import random
@@ -76,6 +76,19 @@ def test_growth_that_must_hold_is_flagged(tmp_path, capsys):
         path.write_text(json.dumps({"rows": rows}))
         assert growth.main([str(path)]) == failures
     assert "context^0.11 +- 0.00, expected 0.0 +- 0.1" in capsys.readouterr().out
+
+
+def test_a_file_that_holds_no_results(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    for arguments, text in (([], "file"), ([path], "No such file"), ([path], "Expecting value")):
+        if text == "Expecting value":
+            path.write_text("cut")
+        with pytest.raises(SystemExit, match="2"):
+            growth.main(list(map(str, arguments)))
+        assert text in capsys.readouterr().err
+    path.write_text('{"rows": []}')
+    assert growth.main([str(path)]) == 0
+    assert growth.MISSING in capsys.readouterr().out
 
 
 def test_headlines_with_and_without_rows():
