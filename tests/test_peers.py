@@ -20,7 +20,11 @@ def uncompiled(monkeypatch) -> None:
     """Leave out what takes half a minute of a compiler, and does not change a result; torch's own
     calls with another backend stay."""
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda call, **how: real(call, **how) if how else call)
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda call, **how: real(call, **how) if how.keys() - {"mode"} else call,
+    )
 
 
 PLANT = {
@@ -118,6 +122,9 @@ def test_reasons_why_a_package_cannot_be_used(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     reason = missing("broken_package", "broken_package:run", device="cuda")
     assert reason == "does not import: libcudart: not found"
+    (tmp_path / "older_package.py").write_text("import torch\ntorch.a_name_that_is_gone")
+    reason = missing("older_package", "older_package:run", device="cuda")
+    assert reason == "does not import: module 'torch' has no attribute 'a_name_that_is_gone'"
 
 
 def test_peers_are_found_by_op_and_name(monkeypatch):

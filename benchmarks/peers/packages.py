@@ -3,8 +3,9 @@
 import importlib
 import importlib.util
 
-# What compiled parts raise that do not load, or do not compile when they are first used.
-FAILURES = (ImportError, OSError, RuntimeError)
+# What compiled parts raise that do not load, or do not compile when they are first used; and what
+# Python raises where a package and its torch, or its signatures and ours, are of other versions.
+FAILURES = (ImportError, OSError, RuntimeError, AttributeError, NameError, TypeError, ValueError)
 
 
 def first_line(error: BaseException) -> str:

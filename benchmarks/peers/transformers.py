@@ -83,5 +83,9 @@ class Engine:
 
     def decode(self, tokens: Tensor, cache) -> Tensor:
         """Feed (steps,) tokens one by one; the logits of each, (steps, vocab)."""
+        return torch.cat([self.logits(token, cache) for token in tokens])
+
+    def logits(self, token: Tensor, cache) -> Tensor:
+        """Feed one token, (); its logits, (1, vocab)."""
         step = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-        return torch.cat([self.model(token.view(1, 1), **step).logits[0] for token in tokens])
+        return self.model(token.view(1, 1), **step).logits[0]
