@@ -158,7 +158,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator:
     if folder and report.failed:
         lines = report.longreprtext.splitlines()
         reason = next((line for line in reversed(lines) if line.startswith("E ")), lines[-1])
-        run_folder.append(folder, {"failed": item.nodeid, "reason": reason.lstrip("E ")})
+        reason = reason.removeprefix("E ").strip()
+        run_folder.append(folder, {"failed": item.nodeid, "reason": reason})
     elif folder and report.when == "call" and ROW in item.stash:
         run_folder.append(folder, item.stash[ROW])
     return report

@@ -1,6 +1,7 @@
 """Of what commit and by which command a benchmark's results were made, and where."""
 
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,13 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the short hash, "-dirty" behind it if files differ; None outside a repository."""
+    """Return the short hash, "-dirty" behind it if files differ; None outside a repository, or
+    without git."""
+    git = shutil.which("git")
+    if git is None:
+        return None
     shown = subprocess.run(
-        ["git", "describe", "--always", "--exclude=*", "--dirty"],
+        [git, "describe", "--always", "--exclude=*", "--dirty"],
         cwd=ROOT,
         capture_output=True,
         text=True,

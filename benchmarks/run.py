@@ -3,7 +3,7 @@
 Each bench_<name>.py runs in a pytest of its own, which adds a row to DIR/rows.jsonl as soon as it
 is measured. The same command in the same DIR goes on where an earlier one was stopped. A module
 that fails, dies or takes too long is named at the end, the others run. Exit status: 0 if all was
-measured, 1 if something failed, 2 if the arguments do not fit DIR.
+measured, 1 if something failed, 2 if the arguments do not fit DIR or it cannot be written.
 
 `--quick` measures the cases that a module names as `QUICK`, else its first case, three rounds at
 least instead of five.
@@ -56,25 +56,32 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def prepare(options: argparse.Namespace) -> None:
-    """Begin a run, or go on with the one in the folder; raise ValueError if that is another
-    or a peer is unknown."""
+def prepare(options: argparse.Namespace) -> int:
+    """Begin a run, or go on with the one in the folder; return what holds it, see `hold`.
+
+    Raises:
+        ValueError: a peer is unknown; or the folder's run is of another kind, or still at work.
+        OSError: the folder cannot be written.
+    """
     wanted_peers(options.peers)
+    held = run_folder.hold(options.out)
     names = ("quick", "peers", "device", "sizes")
     run: dict[str, Any] = {"environment": environment(), "limits": {}}
     run["choices"] = {name: getattr(options, name) for name in names}
     if (options.out / run_folder.RUN).exists() and not options.restart:
         rows = run_folder.resume(options.out, run)
         console.print(f"{options.out}: {rows} rows are there and are not measured again")
-        return
+        return held
     console.print(f"measuring what {options.device} can do at most")
     size = TINY_STREAM_BYTES if options.sizes == "tiny" else STREAM_BYTES[options.device]
     run["limits"][options.device] = machine_limits(options.device, size)._asdict()
     run_folder.start(options.out, run)
+    return held
 
 
-def run_module(file: Path, options: argparse.Namespace) -> str | None:
-    """Run one module; return why it ended early, None if pytest came to its end."""
+def run_module(file: Path, options: argparse.Namespace, held: int) -> str | None:
+    """Run one module, which holds the folder with us; return why it ended early, None if pytest
+    came to its end."""
     command = [sys.executable, "-m", "pytest", "-q", "--benchmark-only", "--benchmark-quiet"]
     command += [str(file), "--rows", str(options.out.resolve()), "--sizes", options.sizes]
     command += ["--device", options.device, "--peers", options.peers]
@@ -82,9 +89,8 @@ def run_module(file: Path, options: argparse.Namespace) -> str | None:
     log = options.out / f"{file.stem}.log"
     with log.open("w") as shown:
         # In a session of its own: what the module started must end with it.
-        child = subprocess.Popen(
-            command, cwd=ROOT, stdout=shown, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        how = {"cwd": ROOT, "start_new_session": True, "pass_fds": (held,)}
+        child = subprocess.Popen(command, stdout=shown, stderr=subprocess.STDOUT, **how)
         try:
             status = child.wait(options.timeout)
         except subprocess.TimeoutExpired:
@@ -103,15 +109,15 @@ def run_module(file: Path, options: argparse.Namespace) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     try:
-        prepare(options)
-    except ValueError as error:
+        held = prepare(options)
+    except (ValueError, OSError) as error:
         console.print(str(error), markup=False)
         return 2
     files = modules(options.suite)
     for number, file in enumerate(files, 1):
         before, begin = len(run_folder.lines(options.out)), time.monotonic()
         with console.status(f"{number}/{len(files)} {file.stem}"):
-            reason = run_module(file, options)
+            reason = run_module(file, options, held)
         if reason:
             run_folder.append(options.out, {"failed": file.name, "reason": reason})
         new = run_folder.lines(options.out)[before:]

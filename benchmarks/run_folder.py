@@ -6,6 +6,7 @@ its test has ended: a row with its identity, a test that failed, or peers that c
 """
 
 import csv
+import fcntl
 import functools
 import json
 import os
@@ -44,9 +45,32 @@ def choices(folder: Path) -> dict[str, Any]:
     return json.loads((folder / RUN).read_text())
 
 
+def hold(folder: Path) -> int:
+    """Make a folder and keep other runs out of it.
+
+    Returns:
+        A file descriptor that holds the folder until it is closed here and in all processes that
+        inherit it: of a run that was killed, the module that it left behind.
+
+    Raises:
+        ValueError: a run holds the folder.
+        OSError: it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(held)
+        raise ValueError(
+            f"{folder}: a run measures there, or a module that a killed run left behind: wait for"
+            f" it, or end the pytest whose command line has --rows {folder.resolve()}"
+        ) from error
+    return held
+
+
 def start(folder: Path, run: dict[str, Any]) -> None:
     """Begin a run in an empty folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / LINES).unlink(missing_ok=True)
     replace(folder / RUN, json.dumps(run, indent=1) + "\n")
 

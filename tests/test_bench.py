@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import run, run_folder
+from benchmarks import environment, run, run_folder
 from mistral_kernels.environment import cpu_name
 from mistral_kernels.machine_limits import Limits
 
@@ -21,7 +21,7 @@ from benchmarks.bench_rms_norm import SHAPES
 OP = "planted"
 
 def test_wrong(bench):
-    raise ArithmeticError("planted")
+    raise EOFError("planted")
 
 def test_killed(bench):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -60,7 +60,7 @@ def test_the_suite_goes_on_after_failures_and_resumes(copied):
     results = json.loads((out / "results.json").read_text())
     assert results["failed"].pop("bench_broken.py") == "killed by SIGKILL"
     wrong = results["failed"].values()
-    assert len(wrong) == 2 and all("planted" in reason for reason in wrong)
+    assert list(wrong) == ["EOFError: planted"] * 2
     assert "planted" in ended.stderr and "killed by SIGKILL" in ended.stderr
     assert results["environment"]["cpu"] == cpu_name()
     assert results["limits"]["cpu"].keys() == set(Limits._fields)
@@ -114,8 +114,33 @@ def test_a_missing_peer_is_listed_once(tmp_path):
 
 def test_a_module_that_takes_too_long_is_stopped(tmp_path):
     options = run.arguments(["--out", str(tmp_path), "--sizes", "tiny", "--timeout", "0.1"])
-    reason = run.run_module(ROOT / "benchmarks" / "bench_rms_norm.py", options)
+    held = run_folder.hold(tmp_path)
+    reason = run.run_module(ROOT / "benchmarks" / "bench_rms_norm.py", options, held)
     assert reason == "not done after 0.1 s"
+    os.close(held)
+
+
+def test_a_folder_is_held_by_what_a_killed_run_left_behind(tmp_path, capsys):
+    held = run_folder.hold(tmp_path)
+    left = subprocess.Popen(["sleep", "600"], pass_fds=(held,))
+    os.close(held)
+    assert run.main(["--out", str(tmp_path), "--sizes", "tiny"]) == 2
+    assert str(tmp_path) in capsys.readouterr().err.replace("\n", "")
+    assert list(tmp_path.iterdir()) == []
+    left.kill()
+    left.wait()
+    os.close(run_folder.hold(tmp_path))
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run.main(["--out", str(tmp_path / "file" / "out"), "--sizes", "tiny"]) == 2
+    assert "Not a directory" in capsys.readouterr().err
+
+
+def test_no_commit_is_known_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment.commit() is None
 
 
 def test_the_suites_share_all_benchmarks():
