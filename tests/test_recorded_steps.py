@@ -7,7 +7,10 @@ import torch
 from tiny_models import random_model
 from torch import nn
 
+from mistral_kernels.model import recorded_steps
+from mistral_kernels.model.decode_step import Fed, decode
 from mistral_kernels.model.random_weights import in_few_bits
+from mistral_kernels.model.sampling import Sampling
 from mistral_kernels.ops import dispatch
 from mistral_kernels.routing import recorded
 
@@ -138,6 +141,51 @@ def test_what_torch_computes_is_not_recorded(fields, batch):
     pair = Pair(small_model(**fields), batch=batch)
     pair.step(3)
     assert steps_of(pair.caches[0]) == {batch: None}
+
+
+def count_hooked(model, calls):
+    model.layers[1].register_forward_pre_hook(lambda *call: calls.append(1))
+
+
+def count_wrapped(model, calls):
+    forward = model.layers[1].forward
+
+    def counted(*inputs):
+        calls.append(1)
+        return forward(*inputs)
+
+    model.layers[1].forward = counted
+
+
+def count_in_a_class(model, calls):
+    class Counting(type(model.layers[1])):
+        def forward(self, *inputs):
+            calls.append(1)
+            return super().forward(*inputs)
+
+    model.layers[1].__class__ = Counting
+
+
+@pytest.mark.parametrize("count", [count_hooked, count_wrapped, count_in_a_class])
+def test_code_of_others_runs_in_every_step(count):
+    pair, calls = Pair(small_model()), []
+    pair.step(2)
+    count(pair.model, calls)
+    pair.step(4)
+    assert len(calls) == 2 * 4  # of both caches
+
+
+def test_steps_of_the_last_numbers_of_rows_are_kept(monkeypatch):
+    monkeypatch.setattr(recorded_steps, "KEPT", 2)
+    model = small_model()
+    cache = model.new_cache(4, 40)
+    kept = []
+    for rows in (4, 3, 4, 2, 1):
+        decode(
+            model, cache, [Fed(place, 3, 0.0) for place in range(rows)], Sampling(0.0, None, 1.0)
+        )
+        kept.append([*steps_of(cache)])
+    assert kept == [[4], [4, 3], [3, 4], [4, 2], [2, 1]]
 
 
 def test_who_watches_routes_sees_every_step():

@@ -352,8 +352,7 @@ class Transformer(SavableModule):
             logits = compute(x, step)
         else:
             logits = recordings.run(self, x, step, tables, layer_caches, compute)
-        dtype = compute_dtype(logits.dtype)
-        return logits.to(dtype, copy=recordings is not None)  # a recording writes over its own
+        return logits.to(compute_dtype(logits.dtype))
 
 
 def _chosen_rows(x: Tensor, rows: Tensor) -> Tensor:
