@@ -4,6 +4,8 @@ Without a GPU a graph is stood in for by the function that it would have capture
 """
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from mistral_kernels.model.decode_step import Fed, decode
 from mistral_kernels.model.sampling import Sampling
 from mistral_kernels.model.step_graphs import StepGraphs, capture_refusal, graph_bytes
 from mistral_kernels.ops import dispatch
+from mistral_kernels.routing import recorded
 
 GREEDY = Sampling(0.0, None, 1.0)
 MOE = {"experts": 4, "top_k": 2}
@@ -38,20 +41,22 @@ class Captures:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.graphs: list[FakeGraph] = []
         self.warmed = 0
+        self.warm_thread: int | None = None
         rows = decode_step.step_rows
         patch = monkeypatch.setattr
         patch(decode_step, "step_rows", lambda n, batch, _: rows(n, batch, "cuda"))
         patch(step_graphs, "capture_refusal", lambda model, cache: None)
         patch(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-        patch(torch.cuda, "Stream", lambda device: None)
         patch(StepGraphs, "warm_up", self._warm_up)
         patch(StepGraphs, "capture", self._capture)
 
     def _warm_up(self, compute) -> None:
         self.warmed += 1
+        self.warm_thread = threading.get_ident()
         compute()
 
     def _capture(self, compute) -> FakeGraph:
+        assert self.warm_thread == threading.get_ident(), "cuBLAS has no handle here"
         self.graphs.append(FakeGraph(compute))
         return self.graphs[-1]
 
@@ -74,14 +79,38 @@ def test_a_graph_for_each_number_of_rows(captures):
         assert len(captures.graphs) == graphs
     steps(model, cache, range(5), 3)
     steps(model, cache, range(6), 3)  # of six places, and so is the one before
-    assert len(captures.graphs) == captures.warmed == 4
-    assert [graph.replays for graph in captures.graphs] == [5, 2, 5, 5]
+    assert len(captures.graphs) == 4 and captures.warmed == 8
+    assert [graph.replays for graph in captures.graphs] == [4, 1, 4, 4]
 
 
 def test_one_step_alone_captures_nothing(captures):
     model = random_model(dtype=torch.float32, max_batch_size=2)
     generate(PROMPTS[:2], model, max_tokens=2)
     assert captures.warmed == 1 and not captures.graphs
+
+
+def test_steps_of_one_stream_may_be_taken_by_many_threads(captures):
+    """As a server does that asks for each token in some thread of a pool."""
+    model = random_model(dtype=torch.float32)
+    events = stream([[1, 2, 3]], model, max_tokens=6)
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        tokens = [pool.submit(next, events).result()[1] for pool in (one, other) * 3]
+    assert len(captures.graphs) == 1
+    assert [tokens] == generate([[1, 2, 3]], model, max_tokens=6)[0]
+
+
+@pytest.mark.parametrize("name", ["forward", "run"])
+def test_a_forward_or_run_of_the_callers_is_called_for_every_step(name, captures):
+    model, calls = random_model(dtype=torch.float32), []
+    own = getattr(model, name)
+
+    def counted(*args, **kwargs):
+        calls.append(name)
+        return own(*args, **kwargs)
+
+    setattr(model, name, counted)
+    generate([[1, 2, 3]], model, max_tokens=6)
+    assert len(calls) == 6 and not captures.graphs
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 3, "top_k": 9}])
@@ -91,7 +120,7 @@ def test_generation_is_as_without_graphs(options, shape, monkeypatch):
     expected = generate(PROMPTS, model, max_tokens=9, chunk_size=4, **options)
     captures = Captures(monkeypatch)
     assert generate(PROMPTS, model, max_tokens=9, chunk_size=4, **options) == expected
-    assert captures.graphs and all(graph.replays for graph in captures.graphs)
+    assert any(graph.replays for graph in captures.graphs)
 
 
 def test_a_cache_keeps_its_graphs_from_call_to_call(captures):
@@ -103,9 +132,9 @@ def test_a_cache_keeps_its_graphs_from_call_to_call(captures):
     assert [token for _, token, _ in events] == first[0][0][1:]
     cache.reset(0)
     assert generate([[1, 2, 3]], model, max_tokens=5, cache=cache) == first
-    assert len(captures.graphs) == captures.warmed == 1
+    assert len(captures.graphs) == 1 and captures.warmed == 2
     generate([[1, 2, 3]], model, max_tokens=5, cache=model.new_cache(1, 60))
-    assert len(captures.graphs) == captures.warmed == 2
+    assert len(captures.graphs) == 2 and captures.warmed == 4
 
 
 def half(model: Transformer) -> None:
@@ -225,8 +254,9 @@ def test_ops_that_wait_are_named(monkeypatch):
     monkeypatch.setattr(dispatch, "unavailable", lambda name: None)
     dispatch.choose.cache_clear()
     assert capture_refusal(model, cache) is None
-    with model.layers[1].register_forward_hook(lambda *_: None):
-        assert capture_refusal(model, cache) == "a hook listens to a module"
+    with recorded(model):
+        expected = "a hook, a module or an op is the caller's own"
+        assert capture_refusal(model, cache) == expected
     decode_op = dispatch.BoundOp("decode_attention", "reference")
     cache.layers = [layer._replace(decode=decode_op) for layer in cache.layers]
     assert capture_refusal(model, cache) == "decode_attention on reference waits for the GPU"

@@ -134,12 +134,12 @@ class DecodeSteps:
             step.compute(model)
         elif step.graph is not None:
             step.graph.replay()
-        elif not step.warm:  # compiles what it launches, which a capture cannot
-            self._graphs.warm_up(lambda: step.compute(model))
-            step.warm = True
         else:
-            step.graph = self._graphs.capture(lambda: step.compute(model))
-            step.graph.replay()
+            # Before a capture, which can neither compile nor make cuBLAS's handle of its thread.
+            self._graphs.warm_up(lambda: step.compute(model))
+            if step.warm:  # one step alone is not worth it
+                step.graph = self._graphs.capture(lambda: step.compute(model))
+            step.warm = True
 
 
 class DecodeStep:
@@ -148,7 +148,7 @@ class DecodeStep:
     Attributes:
         buffer: what is fed and drawn.
         graph: the captured step; None before that, and where there is none.
-        warm: whether it has run before, and so compiled what it launches.
+        warm: whether it has run before.
     """
 
     def __init__(

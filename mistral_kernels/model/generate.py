@@ -87,7 +87,8 @@ def generate(
             text is encoded by `model.tokenizer`, with its begin-of-text id in front.
         model: at most its `max_batch_size` sequences run at once; others join as places free up.
             On a GPU steps in which all of them draw are replayed as CUDA graphs, kept with the
-            cache, unless an op waits for the GPU (the reference) or `model.use_graphs` is False.
+            cache, unless an op waits for the GPU (the reference), a hook, module or forward of the
+            caller's takes part, or `model.use_graphs` is False.
         max_tokens: new tokens a sequence, >= 0.
         temperature: 0 for greedy; otherwise it divides the logits.
         top_p: then only the most likely tokens that together reach this probability, in (0, 1].
@@ -180,9 +181,12 @@ def _step(
     # A prompt's logprobs need the logits of all its rows.
     scored = settings.prompt_logprobs and any(s.drawn == 0 for _, s in live)
     each_draws = settings.max_tokens and all(len(s.pending) == 1 for _, s in live)
-    # A forward that the caller has replaced or compiled is called.
-    own_forward = getattr(model.forward, "__func__", None) is Transformer.forward
-    if each_draws and own_forward and not scored:
+    # A forward or a run that the caller has replaced or compiled is called for every step.
+    replaced = any(
+        getattr(getattr(model, name), "__func__", None) is not getattr(Transformer, name)
+        for name in ("forward", "run")
+    )
+    if each_draws and not replaced and not scored:
         fed = [Fed(at, *s.pending, s.draw(settings.temperature)) for at, s in live]
         drawn = decode(model, cache, fed, settings.sampling)
         yield from _events([place for place, _ in live], *drawn, places, settings)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ import torch
 from mistral_kernels.model.backends import op_backends
 from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.config import ModelConfig
-from mistral_kernels.model.module_state import ModuleState
+from mistral_kernels.model.module_state import ModuleState, others_take_part
 from mistral_kernels.ops.checks import compute_dtype
 from mistral_kernels.ops.dispatch import OPS
 
@@ -30,8 +32,8 @@ def capture_refusal(model: Transformer, cache: KVCache) -> str | None:
         return "model.use_graphs is False"
     if model.device.type != "cuda":
         return f"a CUDA graph needs a GPU, but the model is on {model.device}"
-    if not ModuleState(model).unchanged():
-        return "a hook listens to a module"
+    if others_take_part(model):
+        return "a hook, a module or an op is the caller's own"
     how = {"device": model.device, "dtype": model.dtype, "backend": model.backend}
     serving = op_backends(model.config, **how, low_bit=model.low_bit)
     for layer in cache.layers:
@@ -80,7 +82,6 @@ class StepGraphs:
             # All graphs take their memory from one pool: no two run at once, and what one keeps for
             # the next step lies outside.
             self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(model.device)
         elif model.device.type == "cuda":
             logger.info("decode steps are not captured in CUDA graphs: %s", self.refusal)
 
@@ -93,15 +94,29 @@ class StepGraphs:
         return same and (self._state is None or self._state.unchanged())
 
     def warm_up(self, compute: Callable[[], None]) -> None:
-        """Calls `compute` on the stream on which it will be captured."""
-        current = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        """Calls `compute` on the stream on which this thread captures."""
+        stream = self._stream()
+        current = torch.cuda.current_stream(stream.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             compute()
-        current.wait_stream(self._stream)
+        current.wait_stream(stream)
 
     def capture(self, compute: Callable[[], None]) -> CapturedGraph:
-        return CapturedGraph(compute, self._pool, self._stream)
+        return CapturedGraph(compute, self._pool, self._stream())
+
+    def _stream(self) -> torch.cuda.Stream:
+        return capture_stream(self._model.device, threading.get_ident())
+
+
+@functools.cache
+def capture_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """The stream on which a thread captures all its steps.
+
+    Another for each cache would take another workspace of cuBLAS, which torch keeps for good; one
+    for all threads could be captured by one while another works on it.
+    """
+    return torch.cuda.Stream(device)
 
 
 def _choices(model: Transformer) -> list:
