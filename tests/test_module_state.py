@@ -24,6 +24,8 @@ CHANGES = {
     "a part exchanged": lambda m: m.__setitem__(1, nn.Linear(4, 4)),
     "a part added": lambda m: m.append(nn.Identity()),
     "a dtype": lambda m: m.double(),
+    "a number": lambda m: setattr(m[2], "eps", 0.5),
+    "an attribute that was not there": lambda m: setattr(m[0], "scale", torch.ones(4)),
     "training": lambda m: m[2].eval(),
 }
 

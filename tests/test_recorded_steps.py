@@ -118,6 +118,7 @@ CHANGES = {
     ),
     "a weight changed in its place": lambda model: model.layers[2].attention_norm.mul_(3),
     "a weight exchanged": exchange_a_weight,
+    "a number": lambda model: setattr(model.layers[1].attention, "scale", 0.1),
     "the backend": lambda model: model.set_backend("reference"),
     "threads": turn_threads,
     "rotary tables": lambda model: setattr(model, "_tables", None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import is_
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -14,20 +15,24 @@ if TYPE_CHECKING:
 
 # Where code is from that a replay may leave out: a part's own, and torch's in a container.
 OURS = ("mistral_kernels.", nn.Module.__module__.rpartition(".")[0])
+# What every module has to itself; hooks, tensors and parts are looked at on their own.
+BOOKKEEPING = nn.Module().__dict__.keys() - {"training"}
 
 
 class ModuleState:
     """What of a module and all in it decides which kernels a call of it runs, on which memory.
 
-    Comparing costs about a microsecond a module: hooks, forwards put in its place or in its
-    class's, compiled calls, parameters, buffers and parts exchanged, moved, seen otherwise, added
-    or taken away, and training mode. Hooks on the module itself run around its call, whatever is
-    done in it, and do not count; those on all modules of the process do.
+    Comparing costs about two microseconds a module: hooks, forwards put in its place or in its
+    class's, compiled calls, numbers and other attributes, parameters, buffers and parts exchanged,
+    moved, seen otherwise, added or taken away, and training mode. Hooks on the module itself run
+    around its call, whatever is done in it, and do not count; those on all modules do.
     """
 
     def __init__(self, module: nn.Module):
-        self._modules = [(part, part.__dict__) for part in module.modules()]
-        owned = [own for _, own in self._modules]
+        parts = [*module.modules()]
+        owned = [part.__dict__ for part in parts]
+        names = [[name for name in own if name not in BOOKKEEPING] for own in owned]
+        self._modules = [*zip(parts, owned, names, strict=True)]
         hooks = ("_forward_hooks", "_forward_pre_hooks")
         self._hooks = [own[name] for own in owned[1:] for name in hooks]
         tensors = ("_parameters", "_buffers")
@@ -39,24 +44,24 @@ class ModuleState:
     def _somebody_listens(self) -> bool:
         return any(self._hooks) or bool(torch_module._has_any_global_hook())
 
-    def _look(self) -> tuple[list, ...]:
-        return (
-            [
-                (
-                    type(part).forward,
-                    own.get("forward"),
-                    own.get("_compiled_call_impl"),
-                    own.get("training"),
-                )
-                for part, own in self._modules
-            ],
-            [part for parts in self._parts for part in parts.values()],
-            [_memory(x) for named in self._tensors for x in named.values()],
-        )
+    def _look(self) -> tuple[list, list]:
+        """What is compared by identity, and what is by value."""
+        own, memory = [], []
+        for part, held, names in self._modules:
+            own += (type(part).forward, len(held), *map(held.get, names))
+        for parts in self._parts:
+            own += parts.values()
+        for named in self._tensors:
+            memory += map(_memory, named.values())
+        return own, memory
 
     def unchanged(self) -> bool:
         """Tells whether nothing has changed, and nobody listens."""
-        return not self._somebody_listens() and self._look() == self._state
+        if self._state is None or self._somebody_listens():
+            return False
+        (own, memory), (before, memory_before) = self._look(), self._state
+        same = len(own) == len(before) and all(map(is_, own, before))
+        return same and memory == memory_before
 
 
 def others_take_part(model: Transformer) -> bool:
