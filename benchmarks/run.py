@@ -3,7 +3,8 @@
 Each bench_<name>.py runs in a pytest of its own, which adds a row to DIR/rows.jsonl as soon as it
 is measured. The same command in the same DIR goes on where an earlier one was stopped. A module
 that fails, dies or takes too long is named at the end, the others run. Exit status: 0 if all was
-measured, 1 if something failed, 2 if the arguments do not fit DIR or it cannot be written.
+measured, 1 if something failed, 2 if the arguments do not fit DIR or it cannot be written,
+130 if it was stopped.
 
 `--quick` measures the cases that a module names as `QUICK`, else its first case, three rounds at
 least instead of five.
@@ -29,6 +30,7 @@ from mistral_kernels.ops import dispatch
 
 TINY_STREAM_BYTES = 1 << 20
 NOTHING_COLLECTED = 5  # pytest's exit status
+STOPPED = 128 + signal.SIGINT  # as a shell has it
 console = Console(stderr=True)
 
 
@@ -106,13 +108,8 @@ def run_module(file: Path, options: argparse.Namespace, held: int) -> str | None
     return f"pytest ended with status {status}, see {log}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = arguments(argv)
-    try:
-        held = prepare(options)
-    except (ValueError, OSError) as error:
-        console.print(str(error), markup=False)
-        return 2
+def run_modules(options: argparse.Namespace, held: int) -> None:
+    """Run all modules of the suite, and tell of each what came of it."""
     files = modules(options.suite)
     for number, file in enumerate(files, 1):
         before, begin = len(run_folder.lines(options.out)), time.monotonic()
@@ -124,6 +121,20 @@ def main(argv: list[str] | None = None) -> int:
         rows, failed = (sum(kind in line for line in new) for kind in ("row", "failed"))
         text = f"{number}/{len(files)} {file.stem}: {rows} rows, {failed} failed"
         console.print(f"{text}, {time.monotonic() - begin:.0f} s", highlight=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    try:
+        held = prepare(options)
+    except (ValueError, OSError) as error:
+        console.print(str(error), markup=False)
+        return 2
+    try:
+        run_modules(options, held)
+    except KeyboardInterrupt:
+        console.print("stopped: the same command goes on from here")
+        return STOPPED
     results = run_folder.write_results(options.out)
     for name, reason in (results["missing_peers"] | results["failed"]).items():
         console.print(f"{name}: {reason}", markup=False, highlight=False)
@@ -132,4 +143,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # As Ctrl-C: by itself a SIGTERM would leave the module behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

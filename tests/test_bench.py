@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,17 +29,24 @@ def test_killed(bench):
 """
 
 
-def suite(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+def start_suite(folder: Path) -> subprocess.Popen:
     # Not the environment of a worker of pytest-xdist, where pytest-benchmark measures nothing.
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST_")}
     command = [sys.executable, "-m", "benchmarks.run", "--out", "out", "--sizes", "tiny"]
-    return subprocess.run(
-        [*command, *arguments],
+    return subprocess.Popen(
+        command,
         cwd=folder,
         env=kept | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
+        stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def suite(folder: Path) -> tuple[int, str]:
+    """Its exit status and what it tells on stderr."""
+    started = start_suite(folder)
+    told = started.communicate()[1]
+    return started.returncode, told
 
 
 @pytest.fixture
@@ -55,13 +63,13 @@ def copied(tmp_path) -> Path:
 
 def test_the_suite_goes_on_after_failures_and_resumes(copied):
     out = copied / "out"
-    ended = suite(copied)
-    assert ended.returncode == 1, ended.stderr
+    status, told = suite(copied)
+    assert status == 1, told
     results = json.loads((out / "results.json").read_text())
     assert results["failed"].pop("bench_broken.py") == "killed by SIGKILL"
     wrong = results["failed"].values()
     assert list(wrong) == ["EOFError: planted"] * 2
-    assert "planted" in ended.stderr and "killed by SIGKILL" in ended.stderr
+    assert "planted" in told and "killed by SIGKILL" in told
     assert results["environment"]["cpu"] == cpu_name()
     assert results["limits"]["cpu"].keys() == set(Limits._fields)
     rows = results["rows"]
@@ -80,12 +88,23 @@ def test_the_suite_goes_on_after_failures_and_resumes(copied):
     lines = (out / "rows.jsonl").read_text().splitlines()
     first, last = (line for line in lines if '"row"' in line)
     (out / "rows.jsonl").write_text(f"{first}\n{last[:-40]}")
-    ended = suite(copied)
-    assert ended.returncode == 0, ended.stderr
-    assert "1 rows are there" in ended.stderr and "bench_rms_norm: 1 rows, 0 failed" in ended.stderr
+    status, told = suite(copied)
+    assert status == 0, told
+    assert "1 rows are there" in told and "bench_rms_norm: 1 rows, 0 failed" in told
     again = json.loads((out / "results.json").read_text())
     assert again["failed"] == {} and again["rows"][0] == rows[0]
     assert again["rows"][1]["median_us"] > 0 and len(again["rows"]) == 2
+
+
+def test_a_stopped_run_takes_its_module_with_it(copied):
+    started, out = start_suite(copied), copied / "out"
+    while started.poll() is None and not (out / "bench_broken.log").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)  # pytest itself takes longer to start
+    started.terminate()
+    told = started.communicate()[1]
+    assert (started.returncode, "goes on" in told, "Traceback" in told) == (130, True, False), told
+    os.close(run_folder.hold(out))  # nobody has it
 
 
 def run_of(**changes) -> dict:
