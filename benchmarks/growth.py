@@ -137,6 +137,10 @@ def _points(rows: list[Row], series: Series, column: str) -> list[tuple[float, f
     return [(row[series.size], row[column]) for row in rows if row.get(column)]
 
 
+def _three_digits(number: float) -> str:
+    return f"{float(f'{number:.3g}'):g}"  # 5130, where .3g alone says 5.13e+03
+
+
 def _growth(rows: list[Row], series: Series) -> str:
     times = _points(rows, series, "median_us")
     if len(times) < FEWEST_POINTS:
@@ -152,7 +156,7 @@ def _growth(rows: list[Row], series: Series) -> str:
     if len(memory) == len(times):
         largest = f"{memory[0][1] / 2**20:.3g} to {memory[-1][1] / 2**20:.3g} MiB"
         bytes_grow = f"{largest}, {series.size}^({exponent(memory)})"
-    took = f"{first_us / 1e3:.3g} to {last_us / 1e3:.3g} ms"
+    took = f"{_three_digits(first_us / 1e3)} to {_three_digits(last_us / 1e3)} ms"
     return _line(series.label, f"{first} to {last}", took, grows, bytes_grow)
 
 

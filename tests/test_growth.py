@@ -55,6 +55,7 @@ def test_too_few_points_are_refused(points):
 def test_growth_with_and_without_rows():
     rows = scaling("prefill-tokens-", "tokens", 1.04, memory_bytes=2**21)
     rows += scaling("decode-batch-", "batch", 0.5)
+    rows += scaling("prefill-batch-", "batch", 4)
     text = growth.section({"rows": rows[::-1]})  # in any order
     assert line(text, "prefill over tokens").endswith(
         "| 1 to 8 | 2 to 17.4 ms | tokens^(1.04 +- 0.00), wanted 1 +- 0.1"
@@ -63,6 +64,7 @@ def test_growth_with_and_without_rows():
     assert line(text, "a decode step over batch").endswith(
         "| 2 to 5.66 ms | batch^(0.50 +- 0.00) | not measured |"
     )
+    assert "| 2 to 8190 ms |" in line(text, "prefill over batch")
     assert line(text, "a decode step over tokens").endswith("|  | not measured |  |  |")
 
 

@@ -94,6 +94,16 @@ def test_a_missing_peer_is_said():
     assert "transformers not installed" in text
 
 
+def test_where_a_peer_is_faster():
+    ratios = {"torch": 0.5, "sdpa": 0.98}
+    times = {name: {"median_us": 1e3 * ratio, "ratio": ratio} for name, ratio in ratios.items()}
+    text = report.growth_section({"cpu": results(row("silu_mul", "7b-1", 1e3, peers=times))})
+    slower = "| silu_mul, cpu | 7b-1 | float32 | 1.00 ms | torch: 500 us | 0.50 |"
+    assert slower in text.splitlines() and "sdpa" not in text
+    alone = results(row("silu_mul", "7b-1", 1e3))
+    assert "a peer is faster" not in report.growth_section({"cpu": alone})
+
+
 def test_the_reference_and_fewer_layers_are_said():
     fields = {"backend": "auto", "tokens": 2048, "layers": 1}
     rows = (
