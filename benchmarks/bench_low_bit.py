@@ -1,12 +1,22 @@
 """Decode of whole models in few bits, against the same model in full.
 
-One token after 2048, as in `bench_model`; all projections are in few bits, embeddings, norms and
-router are not. Weights are random, so the two sides agree on speed only and are not compared.
+One token after 2048 (on a GPU 512), as in `bench_model`; all projections are in few bits,
+embeddings, norms and router are not. Weights are random, so the two sides agree on speed only and
+are not compared.
 """
 
 from typing import NamedTuple
 
-from benchmarks.bench_model import ROUNDS, SIZES, STEPS, TINY, decode_contest, random_model, work_of
+from benchmarks.bench_model import (
+    GPU_SIZES,
+    ROUNDS,
+    SIZES,
+    STEPS,
+    TINY,
+    decode_contest,
+    random_model,
+    work_of,
+)
 from benchmarks.low_bit_weights import FORMATS
 from benchmarks.timing import OURS
 from mistral_kernels.model.random_weights import in_few_bits
@@ -37,11 +47,12 @@ def shapes(sizes: dict[str, tuple], context: int) -> dict[str, Shape]:
     }
 
 
-SHAPES = {"tiny": shapes(TINY, 40), "cpu": shapes(SIZES, 2048), "cuda": {}}
+SHAPES = {"tiny": shapes(TINY, 40), "cpu": shapes(SIZES, 2048)}
+SHAPES["cuda"] = shapes(GPU_SIZES, 512)
 
 
-def test_low_bit_model(bench, shape, dtype):
-    full = random_model(shape, dtype)
+def test_low_bit_model(bench, device, shape, dtype):
+    full = random_model(shape, dtype, device)
     model = in_few_bits(full, shape.format.partition("-")[0])
     ours = decode_contest(model, {}, shape)[OURS]
     theirs = decode_contest(full, {}, shape)[OURS]

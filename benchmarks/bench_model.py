@@ -9,6 +9,9 @@ float32 only).
 Prompts run through `2048 // tokens` of the layers, at least one: layers are alike, and all of them
 would take half an hour. For the same reason the longest are called three times, not five, and long
 ones run in float32 only. `--sizes full` spares nothing.
+
+On a GPU decode comes after 512 tokens and ours is `generate`; all layers run, of Mixtral 8x7B a
+quarter of what it has, so that both sides fit.
 """
 
 from functools import partial
@@ -17,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from benchmarks.model_calls import decode_steps, used_cache
 from benchmarks.timing import OURS, Work
 from mistral_kernels import Transformer, ops
 from mistral_kernels.model import random_weights
@@ -59,6 +63,10 @@ SIZES = {
     "dense-180m": (12, 1024, 16, 4, 64, 3584, 0, 8192, 512),
     "mixtral-191m": (8, 512, 8, 4, 64, 1792, 8, 8192, 512),
 }
+GPU_SIZES = {
+    "mistral-7b": (32, 4096, 32, 8, 128, 14336, 0, 32000, 4096),
+    "mixtral-8x7b-8-layers": (8, 4096, 32, 8, 128, 14336, 8, 32000, 4096),
+}
 TINY = {"dense": (2, 32, 4, 2, 16, 48, 0, 64, 8), "mixtral": (2, 32, 4, 2, 16, 48, 4, 64, 8)}
 
 
@@ -74,9 +82,9 @@ def shapes(sizes: dict[str, tuple], context: int, prompts: tuple[int, ...]) -> d
 SHAPES = {
     "tiny": shapes(TINY, 40, (20,)),
     "cpu": shapes(SIZES, 2048, (128, 512, 2048, 8192)),
-    "cuda": {},
+    "cuda": shapes(GPU_SIZES, 512, (512, 4096, 16384)),
 }
-QUICK = [f"{name}-{what}" for name in SIZES for what in ("decode", "prefill-512")]
+QUICK = [f"{name}-{what}" for name in SIZES | GPU_SIZES for what in ("decode", "prefill-512")]
 
 
 def config_of(shape: NamedTuple) -> ModelConfig:
@@ -91,9 +99,9 @@ def config_of(shape: NamedTuple) -> ModelConfig:
     )
 
 
-def random_model(shape: Shape, dtype: torch.dtype) -> Transformer:
-    """A model of that shape on the CPU."""
-    return random_weights.random_model(config_of(shape), dtype=dtype)
+def random_model(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Transformer:
+    """A model of that shape."""
+    return random_weights.random_model(config_of(shape), dtype=dtype, device=device)
 
 
 def work_of(model: Transformer, shape: Shape) -> Work:
@@ -107,43 +115,51 @@ def filled_cache(model: Transformer, keys_values: torch.Tensor, max_tokens: int)
     """Our cache with what an engine's `cache` puts into theirs."""
     tokens = keys_values.shape[-2]
     cache = model.new_cache(1, max_tokens)
-    offsets = torch.tensor([0, tokens], dtype=torch.int32)
+    offsets = torch.tensor([0, tokens], dtype=torch.int32, device=model.device)
     for layer, (k, v) in zip(cache.layers, keys_values[:, :, 0].transpose(2, 3), strict=True):
         ops.store_kv_(k, v, layer.k, layer.v, layer.block_table, offsets, offsets[:1])
     cache.advance([tokens])
     return cache
 
 
-def test_model(bench, peers, request, shape, dtype):
+def test_model(bench, peers, request, device, shape, dtype):
     rounds = ROUNDS
-    if shape.tokens > 1 and request.config.getoption("sizes") != "full":
+    if device == "cpu" and shape.tokens > 1 and request.config.getoption("sizes") != "full":
         if dtype == torch.bfloat16 and shape.tokens > BF16_TOKENS:
             pytest.skip("a long prompt in bfloat16 runs with --sizes full only")
         shape = shape._replace(layers=max(1, min(shape.layers, LAYER_TOKENS // shape.tokens)))
         rounds = ROUNDS if shape.tokens < LONG_TOKENS else LONG_ROUNDS
-    model = random_model(shape, dtype)
+    model = random_model(shape, dtype, device)
     theirs = {name: engine(model) for name, engine in peers.items()}
     contest = decode_contest if shape.tokens == 1 else prefill_contest
     calls = contest(model, theirs, shape)
     work = work_of(model, shape)
     steps = STEPS if shape.tokens == 1 else 1
-    # Rounding to bf16 may send a token to another expert, and then nothing else is alike.
+    # Rounding to bf16 may send a token to another expert, and then nothing else is alike; and
+    # on a GPU our decode draws its own tokens.
     compare = not shape.experts or dtype == torch.float32
+    compare = compare and (device == "cpu" or shape.tokens > 1)
     row = bench(calls.pop(OURS), tuple, work, calls, compare=compare, rounds=rounds, steps=steps)
     row["layers"] = shape.layers
 
 
 def decode_contest(model: Transformer, theirs: dict[str, Any], shape: Shape) -> dict:
-    """Calls that go on from `context` tokens: rings are full, so each costs the same."""
+    """Calls that go on from `context` tokens: rings are full, so each costs the same.
+
+    On a GPU ours is `generate`, which replays graphs and waits for each token as users do.
+    """
     heads = (model.config.kv_heads, shape.context, model.config.head_dim)
-    keys_values = torch.randn(shape.layers, 2, 1, *heads).to(model.dtype)
-    tokens = torch.randint(shape.vocab, (STEPS,))
+    keys_values = torch.randn(shape.layers, 2, 1, *heads, device=model.device).to(model.dtype)
+    tokens = torch.randint(shape.vocab, (STEPS,), device=model.device)
     steps = STEPS * (ROUNDS + 1)
-    cache = filled_cache(model, keys_values, shape.context + steps)
 
     def decode() -> torch.Tensor:
         return torch.cat([model.forward(token[None], [1], cache) for token in tokens])
 
+    if model.device.type == "cuda":
+        decode = decode_steps(model, used_cache(model, 1, shape.context, STEPS), STEPS)
+    else:
+        cache = filled_cache(model, keys_values, shape.context + steps)
     return {OURS: decode} | {
         name: partial(engine.decode, tokens, engine.cache(keys_values, steps))
         for name, engine in theirs.items()
@@ -152,11 +168,12 @@ def decode_contest(model: Transformer, theirs: dict[str, Any], shape: Shape) -> 
 
 def prefill_contest(model: Transformer, theirs: dict[str, Any], shape: Shape) -> dict:
     """Calls that feed a whole prompt to a new cache."""
-    prompt = torch.randint(shape.vocab, (shape.tokens,))
+    prompt = torch.randint(shape.vocab, (shape.tokens,), device=model.device)
 
     def prefill() -> torch.Tensor:
         cache = model.new_cache(1, shape.tokens)
-        return model.forward(prompt, [shape.tokens], cache, last_only=True)
+        # cpu(): a GPU has to be waited for.
+        return model.forward(prompt, [shape.tokens], cache, last_only=True).cpu()
 
     return {OURS: prefill} | {
         name: partial(engine.prefill, prompt) for name, engine in theirs.items()

@@ -79,6 +79,11 @@ GPU_LINES = (
         Line(f"`expert_mlp`, 8x7B, tokens {tokens}", "expert_mlp", f"8x7b-{tokens}", "grouped_mm")
         for tokens in (1, 4096)
     ),
+    *(
+        Line(f"{name}: a token after 512", "model", f"{name}-decode", peer)
+        for name in ("mistral-7b", "mixtral-8x7b-8-layers")
+        for peer in ("transformers", "transformers-compiled")
+    ),
 )
 
 

@@ -108,7 +108,7 @@ def first_results(contestants: Mapping[str, Callable], inputs: tuple) -> dict[st
     results = {}
     for name, run in contestants.items():
         copies = (value.clone() if isinstance(value, Tensor) else value for value in inputs)
-        results[name] = run(*copies).flatten().float()
+        results[name] = run(*copies).flatten().float().cpu()
     return results
 
 
