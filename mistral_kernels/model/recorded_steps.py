@@ -55,8 +55,9 @@ class StepRecordings:
         Returns:
             (rows, vocab), the caller's to keep; from a recording in `compute_dtype`.
         """
-        one_each = step.prefill is None and step.decode.rows is step.decode.sequences is ALL
-        if x.device.type != "cpu" or not len(x) or not one_each or watched(x):
+        decode = step.decode if step.prefill is None else None  # None too where nobody feeds
+        one_each = decode is not None and decode.rows is decode.sequences is ALL
+        if x.device.type != "cpu" or not one_each or watched(x):
             return compute(x, step)
         recorded = self._steps.pop(len(x), None)
         if recorded is not None and recorded.holds(model, tables, layers):
