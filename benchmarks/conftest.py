@@ -93,8 +93,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @pytest.fixture
-def identity(request, device, case, shape, dtype, backend) -> tuple[dict[str, Any], str]:
-    """What a row says of its case, and the name by which a run knows it; skips what it has."""
+def identity(request, device, case, shape, dtype, backend) -> tuple[dict[str, Any], list[Any]]:
+    """What a row says of its case, and that by which a run knows it; skips what it has."""
     where = {"op": request.module.OP, "case": case, "device": device, "backend": backend}
     where |= {"dtype": dtype_name(dtype)}
     name = run_folder.identity(where, shape._asdict())

@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mistral_kernels.whole_file import write_json, write_text
+
 RUN, LINES = "run.json", "rows.jsonl"
 # Of the environment: what must not differ between the rows of one run. Dates and commands may.
 SAME = ("cpu", "gpu", "threads", "instruction_set", "torch", "triton", "transformers", "commit")
@@ -72,7 +74,7 @@ def hold(folder: Path) -> int:
 def start(folder: Path, run: dict[str, Any]) -> None:
     """Begin a run in an empty folder."""
     (folder / LINES).unlink(missing_ok=True)
-    replace(folder / RUN, json.dumps(run, indent=1) + "\n")
+    write_json(folder / RUN, run)
 
 
 def resume(folder: Path, run: dict[str, Any]) -> int:
@@ -92,7 +94,8 @@ def resume(folder: Path, run: dict[str, Any]) -> int:
             " --restart to measure all of it again"
         )
     kept = [line for line in lines(folder) if "failed" not in line]
-    replace(folder / LINES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+    written = (json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+    write_text(folder / LINES, "".join(written))
     return sum("row" in line for line in kept)
 
 
@@ -101,13 +104,6 @@ def _comparable(run: dict[str, Any]) -> dict[str, Any]:
     facts = {name: run["environment"].get(name) for name in SAME}
     facts["commit"] = facts["commit"] and facts["commit"].removesuffix("-dirty")
     return facts | run["choices"]
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def write_results(folder: Path) -> dict[str, Any]:
@@ -123,7 +119,7 @@ def write_results(folder: Path) -> dict[str, Any]:
     parts = [f' "{name}": {dump(value)}' for name, value in results.items() if name != "rows"]
     rows = ",\n".join(f"  {dump(row)}" for row in results["rows"])
     parts.append(f' "rows": [\n{rows}\n ]')
-    replace(folder / "results.json", "{\n" + ",\n".join(parts) + "\n}\n")
+    write_text(folder / "results.json", "{\n" + ",\n".join(parts) + "\n}\n")
     _write_csv(folder / "results.csv", [_flat(row) for row in results["rows"]])
     return results
 

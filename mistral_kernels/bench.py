@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from mistral_kernels.bench_options import BenchOptions
 from mistral_kernels.bench_subject import Subject, subject_of, weight_kinds
@@ -21,6 +18,7 @@ from mistral_kernels.model.backends import choose_backends
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.families import family_of
 from mistral_kernels.model.low_bit_weight import LowBitForm
+from mistral_kernels.model.progress_bar import counting_bar
 from mistral_kernels.model.prompt_chunks import step_tokens
 from mistral_kernels.model.transformer import Transformer
 from mistral_kernels.model_speed import Load, measure_speed, steps_of
@@ -60,7 +58,7 @@ def run_bench(folder: str | None, options: BenchOptions) -> dict[str, Any]:
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         limits = _limits(device)
         model = subject.made(batch=load.batch, backend=options.backend, device=device)
-        with _bar() as progress:
+        with counting_bar("steps") as progress:
             task = progress.add_task("", total=steps_of(load, options.repeats))
             figures = measure_speed(
                 *(model, load, limits),
@@ -148,11 +146,3 @@ def _limits(device: torch.device) -> Limits:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _bar() -> Progress:
-    """A bar on stderr that counts rounds of tokens and vanishes at its end."""
-    console = Console(stderr=True)
-    quiet = console.is_dumb_terminal or not (sys.stderr and sys.stderr.isatty())
-    columns = ("steps", BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, console=console, transient=True, disable=quiet)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress
-
 from mistral_kernels.model.conversation import DEFAULT_CONTEXT
 from mistral_kernels.model.perplexity import perplexity
+from mistral_kernels.model.progress_bar import counting_bar
 from mistral_kernels.model.tokenizer import Tokenizer
 from mistral_kernels.model.transformer import Transformer
 
@@ -40,11 +37,8 @@ def evaluate(
     texts = [tokenizer.encode(line) + end for line in lines]
     if context is None and None in model.config.windows:
         context = min(model.config.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    console = Console(stderr=True)
-    quiet = console.is_dumb_terminal or not (sys.stderr and sys.stderr.isatty())
-    columns = ("tokens", BarColumn(), MofNCompleteColumn())
     start = time.perf_counter()
-    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+    with counting_bar("tokens") as progress:
         task = progress.add_task("", total=sum(max(len(ids) - 1, 0) for ids in texts))
         found = perplexity(
             model, texts, context=context, advance=lambda n: progress.advance(task, n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,9 @@ def peak_bytes(call: Callable[[], object], device: torch.device = CPU) -> int | 
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
     elif STATUS.exists():
-        # What an earlier call freed stays resident in glibc's heap, and would not be seen again.
+        # What earlier calls left, in cycles of Python and in glibc's heap, would be freed or used
+        # again during this one, and hide that it grows.
+        gc.collect()
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)

@@ -1,4 +1,4 @@
-"""A file of JSON that appears whole, or not at all."""
+"""A file that appears whole, or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON; an older file stays until the new one is complete.
+    """Write a value as JSON, see `write_text`."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8; an older file stays until the new one is complete.
 
     Raises:
         OSError: the file cannot be written.
@@ -17,8 +22,7 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with part.open("x", encoding="utf-8") as file:
-            json.dump(value, file, ensure_ascii=False, indent=1)
-            file.write("\n")
+            file.write(text)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -71,7 +71,7 @@ class _Recording:
 
     def __init__(self, layer: nn.Module, facts: tuple, step: LayerStep, compute: Compute):
         self.layer, self.facts, self.window = layer, facts, step.window
-        self.memory, self.threads = _memory(step.ring), torch.get_num_threads()
+        self.memory = _memory(step.ring)
         # A tensor made in inference mode could not be written outside.
         with torch.inference_mode(False), torch.no_grad():
             self.x, self.shared = step.x.clone(), _shared(step)
@@ -92,7 +92,7 @@ class _Recording:
             self.x.dtype == step.x.dtype
             and self.window == step.window
             and self.facts == facts
-            and self.threads == torch.get_num_threads()
+            and self.calls.current()
             and _same(self.memory, _memory(step.ring))
             and self.shared is _SHARED.get(step.cache)
             and self.state.unchanged()

@@ -2,8 +2,9 @@
 
 Nothing that a step computes or reads depends on how long its sequences are, and all that changes
 from one step to the next lies in a `StepBuffer`. So on a GPU a step is captured in a CUDA graph and
-replayed; elsewhere the same function runs as it is. A step leaves its tokens and positions as the
-next one wants them: as long as the same sequences go on greedily, nothing is copied in.
+replayed; on the CPU the same function runs, whose model replays recorded calls. A step leaves its
+tokens and positions as the next one wants them: as long as the same sequences go on greedily,
+nothing is copied in.
 
 On a GPU a step has a power of two of rows, or one for each place of the cache, and those without a
 sequence are idle: they write nothing and read no expert. Five sequences in a cache of 12, and 9:

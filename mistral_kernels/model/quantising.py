@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mistral_kernels.model.byte_bar import byte_bar
 from mistral_kernels.model.calibration import CHUNK_TOKENS, Matrices, TextActivations
 from mistral_kernels.model.checkpoint_files import read_headers
 from mistral_kernels.model.compressed_tensors import (
@@ -34,6 +33,7 @@ from mistral_kernels.model.error_compensation import Inputs, quantise_compensate
 from mistral_kernels.model.hub import resolve_folder
 from mistral_kernels.model.layouts import LAYOUTS, Layout
 from mistral_kernels.model.new_folder import check_new_folder
+from mistral_kernels.model.progress_bar import byte_bar
 from mistral_kernels.model.saving import REPLACEABLE, files_beside, token_ids, write_json
 from mistral_kernels.model.scale_search import search_scales
 from mistral_kernels.model.staged_folder import PLAN, finished_file, staged_folder

@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mistral_kernels.model.byte_bar import byte_bar
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.config_writing import huggingface_config, native_params
 from mistral_kernels.model.json_fields import read_json
 from mistral_kernels.model.layouts import CONFIG_FILES, Layout
 from mistral_kernels.model.new_folder import check_new_folder, new_folder
+from mistral_kernels.model.progress_bar import byte_bar
 from mistral_kernels.model.weight_views import WeightView, weight_views
 from mistral_kernels.model.weights import check_parameters
 from mistral_kernels.ops.checks import is_int

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mistral_kernels.model.byte_bar import byte_bar
 from mistral_kernels.model.checkpoint_files import (
     DTYPES,
     Stored,
@@ -36,6 +35,7 @@ from mistral_kernels.model.low_bit_files import NAMES
 from mistral_kernels.model.low_bit_joined import joined_forms
 from mistral_kernels.model.low_bit_weight import LowBitForm
 from mistral_kernels.model.page_advice import Advice, advise
+from mistral_kernels.model.progress_bar import byte_bar
 from mistral_kernels.model.quantisation import Quantisation, find_quantisation
 from mistral_kernels.model.stored_low_bit import StoredLowBit, take_low_bit
 from mistral_kernels.model.weight_table import (

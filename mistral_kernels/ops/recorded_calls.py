@@ -57,10 +57,15 @@ class RecordedCalls:
         if reason := dispatch.unavailable("cpu"):
             raise NotRecordableError(reason)
         self.calls: list[partial] = []
+        self._threads = torch.get_num_threads()
         core = _Recorder(dispatch.native_extension(), self.calls)
         with _Watch(self.calls) as watch, dispatch.native_extension_as(core):
             self.result = function()
         self._tensors = watch.tensors  # the calls hold addresses: the memory has to stay
+
+    def current(self) -> bool:
+        """Whether new calls would be the same: each says on how many threads it runs."""
+        return torch.get_num_threads() == self._threads
 
     def replay(self) -> None:
         """Makes the calls again, on what the same memory holds now."""
