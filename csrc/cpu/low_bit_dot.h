@@ -129,48 +129,38 @@ inline void with_format(Dtype codes, bool zeros, Run&& run) {
 
 // ---- Packed rows of x.
 
-// Where the float of a column lies in a packed row that is alone.
-template <typename Format>
-inline int64_t place_of(int64_t column) {
-  if constexpr (Format::kParts == 1) return column;
-  const int64_t word = column / kWordCodes, part = column % kWordCodes;
-  return (word / kLanes * Format::kVectors + part) * kLanes + word % kLanes;
-}
-
-// The same among `rows` packed rows, for row r.
-inline int64_t among(int64_t place, int rows, int r) {
-  return (place / kLanes * rows + r) * kLanes + place % kLanes;
-}
-
 // Packs the rows row(0) .. row(rows - 1) in the order of their codes; perm may be null.
 template <typename Format, typename Row>
 inline void pack_in_code_order(int rows, int64_t in, const int32_t* perm, Row&& row,
                                float* packed) {
-  constexpr int64_t kVector = Format::kVectors * kLanes;
+  constexpr int kParts = Format::kParts;
+  constexpr int kWord = kParts > 1 ? kWordCodes : 1;  // neighbouring columns of a lane
   const int padded = padded_rows(rows);
-  const int64_t size = packed_size<Format>(in);
   for (int r = 0; r < padded; ++r) {
     const auto* from = row(std::min(r, rows - 1));
-    const auto vector = [&](int64_t place) { return packed + among(place, padded, r); };
-    for (int64_t place = std::max<int64_t>(0, size - kVector); place < size; place += kLanes) {
-      store(vector(place), Floats{});  // behind the last column
-    }
-    const auto put = [&](int64_t column, int64_t of_x) {
-      *vector(place_of<Format>(column)) = to_float(from[of_x]);
-    };
-    if (perm == nullptr) {
-      for (int64_t column = 0; column < in; ++column) put(column, column);
-    } else {
-      for (int64_t column = 0; column < in; ++column) put(column, perm[column]);
-    }
-    if constexpr (Format::kVectors > Format::kParts) {
-      for (int64_t place = 0; place < size; place += kVector) {
-        Floats total = load(vector(place));
-        for (int part = 1; part < Format::kParts; ++part) {
-          total += load(vector(place + part * kLanes));
-        }
-        store(vector(place + Format::kParts * kLanes), total);
+    float* to = packed + r * kLanes;
+    for (int64_t first = 0; first < in; first += Format::kStep) {
+      float columns[Format::kStep] = {};  // 0 behind the last one
+      const int count = static_cast<int>(std::min<int64_t>(Format::kStep, in - first));
+      if (perm == nullptr) {
+        for_vectors(count, [&](int64_t i, int64_t left) {
+          store(columns + i, load(from + first + i, left));
+        });
+      } else {
+        for (int i = 0; i < count; ++i) columns[i] = to_float(from[perm[first + i]]);
       }
+      float totals[kLanes] = {};
+      for (int lane = 0; lane < kLanes; ++lane) {
+        for (int part = 0; part < kParts; ++part) {
+          const float x = columns[lane * kWord + part];
+          to[part * padded * kLanes + lane] = x;
+          totals[lane] += x;
+        }
+      }
+      if constexpr (Format::kVectors > kParts) {
+        store(to + kParts * padded * kLanes, load(totals));
+      }
+      to += Format::kVectors * padded * kLanes;
     }
   }
 }

@@ -38,7 +38,7 @@ def check_inputs(
         )
     # On a GPU this would wait for the device; `generate` checks prompts while they are lists.
     if input_ids.device.type == "cpu" and len(input_ids):
-        low, high = int(input_ids.min()), int(input_ids.max())
+        low, high = map(int, input_ids.aminmax())
         if low < 0 or high >= model.config.vocab:
             raise ValueError(
                 f"forward: input_ids must be in [0, {model.config.vocab}),"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from operator import is_
+from itertools import chain
+from operator import attrgetter, call, is_, itemgetter
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -17,51 +18,64 @@ if TYPE_CHECKING:
 OURS = ("mistral_kernels.", nn.Module.__module__.rpartition(".")[0])
 # What every module has to itself; hooks, tensors and parts are looked at on their own.
 BOOKKEEPING = nn.Module().__dict__.keys() - {"training"}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+HOLDERS = ("_modules", "_parameters", "_buffers")
+FORWARD = attrgetter("forward")
+MEMORY = (Tensor.data_ptr, Tensor.stride, attrgetter("shape"), attrgetter("dtype"))
 
 
 class ModuleState:
     """What of a module and all in it decides which kernels a call of it runs, on which memory.
 
-    Comparing costs about two microseconds a module: hooks, forwards put in its place or in its
-    class's, compiled calls, numbers and other attributes, parameters, buffers and parts exchanged,
-    moved, seen otherwise, added or taken away, and training mode. Hooks on the module itself run
-    around its call, whatever is done in it, and do not count; those on all modules do.
+    Hooks, forwards put in its place or in its class's, compiled calls, numbers and other
+    attributes, parameters, buffers and parts exchanged, moved, seen otherwise, added or taken away,
+    and training mode. Hooks on the module itself run around its call, whatever is done in it, and
+    do not count; those on all modules do.
+
+    It is compared before each step, when weights have just emptied the caches: no bytecode runs for
+    each module, and little is touched. For 12 layers in few bits (86 modules, 123 tensors) it takes
+    0.2 ms, between steps 0.4.
     """
 
     def __init__(self, module: nn.Module):
-        parts = [*module.modules()]
-        owned = [part.__dict__ for part in parts]
-        names = [[name for name in own if name not in BOOKKEEPING] for own in owned]
-        self._modules = [*zip(parts, owned, names, strict=True)]
-        hooks = ("_forward_hooks", "_forward_pre_hooks")
-        self._hooks = [own[name] for own in owned[1:] for name in hooks]
-        tensors = ("_parameters", "_buffers")
-        self._tensors = [own[name] for own in owned for name in tensors if own[name]]
-        self._parts = [own["_modules"] for own in owned]
+        self._modules = [*module.modules()]
+        self._owned = owned = [part.__dict__ for part in self._modules]
+        # The last name is there so that each yields a tuple.
+        self._numbers = [itemgetter(*own.keys() - BOOKKEEPING, "_modules") for own in owned]
+        self._held = [own[name] for own in owned for name in HOLDERS]
+        self._hooks = [own[name] for own in owned[1:] for name in HOOKS]
         # What was recorded while somebody listened may hold what he did.
         self._state = None if self._somebody_listens() else self._look()
+        named = [own[name].values() for own in owned for name in ("_parameters", "_buffers")]
+        self._tensors = [x for x in chain.from_iterable(named) if x is not None]
+        self._memory = self._look_at_memory()
 
     def _somebody_listens(self) -> bool:
         return any(self._hooks) or bool(torch_module._has_any_global_hook())
 
-    def _look(self) -> tuple[list, list]:
-        """What is compared by identity, and what is by value."""
-        own, memory = [], []
-        for part, held, names in self._modules:
-            own += (type(part).forward, len(held), *map(held.get, names))
-        for parts in self._parts:
-            own += parts.values()
-        for named in self._tensors:
-            memory += map(_memory, named.values())
-        return own, memory
+    def _look(self) -> list:
+        """What is compared by identity."""
+        return [
+            *map(FORWARD, map(type, self._modules)),
+            *map(len, self._owned),
+            *chain.from_iterable(map(call, self._numbers, self._owned)),
+            *chain.from_iterable(map(dict.values, self._held)),
+        ]
+
+    def _look_at_memory(self) -> list:
+        """Where each tensor lies and how: through `data` a transposed one may take its place."""
+        return [[*map(fact, self._tensors)] for fact in MEMORY]
 
     def unchanged(self) -> bool:
         """Tells whether nothing has changed, and nobody listens."""
         if self._state is None or self._somebody_listens():
             return False
-        (own, memory), (before, memory_before) = self._look(), self._state
-        same = len(own) == len(before) and all(map(is_, own, before))
-        return same and memory == memory_before
+        try:
+            state = self._look()
+        except KeyError:  # an attribute was taken away
+            return False
+        same = len(state) == len(self._state) and all(map(is_, state, self._state))
+        return same and self._look_at_memory() == self._memory
 
 
 def others_take_part(model: Transformer) -> bool:
@@ -82,8 +96,3 @@ def _is_ours(part: nn.Module) -> bool:
     homes = kind.__module__, code.get("__name__", "")
     own = {"forward", "_compiled_call_impl"} & part.__dict__.keys()
     return not own and all(home.startswith(OURS) for home in homes)
-
-
-def _memory(x: Tensor | None) -> tuple | None:
-    """Where a tensor lies and how: through `data` a transposed one may take its place."""
-    return None if x is None else (x.data_ptr(), x.dtype, x.shape, x.stride())

@@ -62,34 +62,36 @@ def plan_step(
 ) -> Step:
     """Plans a step in which sequence b feeds seqlens[b] tokens after lengths[b] earlier ones."""
     offsets = [0, *accumulate(seqlens)]
-    positions = [
-        p for n, length in zip(seqlens, lengths, strict=True) for p in range(length, length + n)
-    ]
     groups = {
         "decode": [b for b, n in enumerate(seqlens) if cached and n == 1],
         "prefill": [b for b, n in enumerate(seqlens) if n > 1 or (n == 1 and not cached)],
     }
-    fields: dict[str, list[int]] = {
-        "last_rows": [end - 1 if n else -1 for n, end in zip(seqlens, offsets[1:], strict=True)],
-    }
+    fields: dict[str, list[int]] = {}
+    if any(n != 1 for n in seqlens):
+        ends = zip(seqlens, offsets[1:], strict=True)
+        fields["last_rows"] = [end - 1 if n else -1 for n, end in ends]
     for name, group in groups.items():
-        rows = [row for b in group for row in range(offsets[b], offsets[b + 1])]
-        fields[f"{name}.rows"] = rows
-        fields[f"{name}.sequences"] = group
-        fields[f"{name}.positions"] = [positions[row] for row in rows]
-        fields[f"{name}.starts"] = [starts[b] for b in group]
-        fields[f"{name}.cu_seqlens"] = [0, *accumulate(seqlens[b] for b in group)]
-        fields[f"{name}.context_lens"] = [lengths[b] for b in group]
+        if not group:
+            continue
+        if len(group) < len(seqlens):  # else no gather is needed
+            rows = [row for b in group for row in range(offsets[b], offsets[b + 1])]
+            fields[f"{name}.rows"] = rows
+            fields[f"{name}.sequences"] = group
+        spans = [range(lengths[b], lengths[b] + seqlens[b]) for b in group]
+        fields[f"{name}.positions"] = [position for span in spans for position in span]
+        if any(starts):
+            fields[f"{name}.starts"] = [starts[b] for b in group]
+        if name == "prefill":
+            fields["prefill.cu_seqlens"] = [0, *accumulate(seqlens[b] for b in group)]
+            fields["prefill.context_lens"] = [lengths[b] for b in group]
     on_device = _one_copy(fields, device)
 
     def select(name: str) -> dict:
-        group = groups[name]
-        everything = len(group) == len(seqlens)  # then no gather is needed
         return {
-            "rows": ALL if everything else on_device[f"{name}.rows"],
-            "sequences": ALL if everything else on_device[f"{name}.sequences"],
+            "rows": on_device.get(f"{name}.rows", ALL),
+            "sequences": on_device.get(f"{name}.sequences", ALL),
             "positions": on_device[f"{name}.positions"],
-            "starts": on_device[f"{name}.starts"] if any(starts) else None,
+            "starts": on_device.get(f"{name}.starts"),
         }
 
     decode = DecodeRows(**select("decode")) if groups["decode"] else None
@@ -97,8 +99,7 @@ def plan_step(
     if groups["prefill"]:
         ragged = (on_device["prefill.cu_seqlens"], on_device["prefill.context_lens"])
         prefill = PrefillRows(**select("prefill"), cu_seqlens=ragged[0], context_lens=ragged[1])
-    one_each = all(n == 1 for n in seqlens)
-    return Step(ALL if one_each else on_device["last_rows"], decode, prefill)
+    return Step(on_device.get("last_rows", ALL), decode, prefill)
 
 
 def _one_copy(fields: dict[str, list[int]], device: torch.device) -> dict[str, Tensor]:
