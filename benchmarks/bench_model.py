@@ -14,13 +14,15 @@ On a GPU decode comes after 512 tokens and ours is `generate`; all layers run, o
 quarter of what it has, so that both sides fit.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from benchmarks.model_calls import decode_steps, used_cache
+from benchmarks.peers import engine_calls
 from benchmarks.timing import OURS, Work
 from mistral_kernels import Transformer, ops
 from mistral_kernels.model import random_weights
@@ -130,9 +132,8 @@ def test_model(bench, peers, request, device, shape, dtype):
         shape = shape._replace(layers=max(1, min(shape.layers, LAYER_TOKENS // shape.tokens)))
         rounds = ROUNDS if shape.tokens < LONG_TOKENS else LONG_ROUNDS
     model = random_model(shape, dtype, device)
-    theirs = {name: engine(model) for name, engine in peers.items()}
     contest = decode_contest if shape.tokens == 1 else prefill_contest
-    calls = contest(model, theirs, shape)
+    calls = contest(model, peers, shape)
     work = work_of(model, shape)
     steps = STEPS if shape.tokens == 1 else 1
     # Rounding to bf16 may send a token to another expert, and then nothing else is alike; and
@@ -143,10 +144,11 @@ def test_model(bench, peers, request, device, shape, dtype):
     row["layers"] = shape.layers
 
 
-def decode_contest(model: Transformer, theirs: dict[str, Any], shape: Shape) -> dict:
+def decode_contest(model: Transformer, theirs: dict[str, Callable], shape: Shape) -> dict:
     """Calls that go on from `context` tokens: rings are full, so each costs the same.
 
-    On a GPU ours is `generate`, which replays graphs and waits for each token as users do.
+    `theirs`: name -> what makes an engine of our model. On a GPU ours is `generate`, which replays
+    graphs and waits for each token as users do.
     """
     heads = (model.config.kv_heads, shape.context, model.config.head_dim)
     keys_values = torch.randn(shape.layers, 2, 1, *heads, device=model.device).to(model.dtype)
@@ -160,13 +162,14 @@ def decode_contest(model: Transformer, theirs: dict[str, Any], shape: Shape) -> 
         decode = decode_steps(model, used_cache(model, 1, shape.context, STEPS), STEPS)
     else:
         cache = filled_cache(model, keys_values, shape.context + steps)
-    return {OURS: decode} | {
-        name: partial(engine.decode, tokens, engine.cache(keys_values, steps))
-        for name, engine in theirs.items()
-    }
+
+    def rival(engine) -> Callable[[], torch.Tensor]:
+        return partial(engine.decode, tokens, engine.cache(keys_values, steps))
+
+    return {OURS: decode} | engine_calls(model, theirs, rival)
 
 
-def prefill_contest(model: Transformer, theirs: dict[str, Any], shape: Shape) -> dict:
+def prefill_contest(model: Transformer, theirs: dict[str, Callable], shape: Shape) -> dict:
     """Calls that feed a whole prompt to a new cache."""
     prompt = torch.randint(shape.vocab, (shape.tokens,), device=model.device)
 
@@ -175,6 +178,5 @@ def prefill_contest(model: Transformer, theirs: dict[str, Any], shape: Shape) ->
         # cpu(): a GPU has to be waited for.
         return model.forward(prompt, [shape.tokens], cache, last_only=True).cpu()
 
-    return {OURS: prefill} | {
-        name: partial(engine.prefill, prompt) for name, engine in theirs.items()
-    }
+    rivals = engine_calls(model, theirs, lambda engine: partial(engine.prefill, prompt))
+    return {OURS: prefill} | rivals

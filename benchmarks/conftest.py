@@ -24,6 +24,7 @@ DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 ARGUMENTS = ("device", "case", "shape", "dtype", "backend")
 ROW = pytest.StashKey[dict[str, Any]]()  # of the test that runs
 MISSING = pytest.StashKey[dict[str, str]]()  # peers, as noted in --rows
+PEERS = pytest.StashKey[set[str]]()  # names of the test's contestants that are no work of ours
 MEASURED = pytest.StashKey[list[list]]()  # identities of the rows that --rows holds
 
 
@@ -116,24 +117,36 @@ def peers(request, identity, device, case, shape, dtype) -> dict[str, Callable]:
         name if name in absent else f"{name}, {op} {case}": reason
         for name, reason in reasons.items()
     }
-    folder, noted = request.config.getoption("rows"), request.config.stash[MISSING]
+    note_missing(request.config, missing)
+    request.node.stash[PEERS] = set(calls)
+    return calls
+
+
+def note_missing(config: pytest.Config, missing: dict[str, str]) -> None:
+    """With --rows: note peers that cannot run, each once, and why."""
+    folder, noted = config.getoption("rows"), config.stash[MISSING]
     new = {name: reason for name, reason in missing.items() if name not in noted}
     noted |= new
     if folder and new:
         run_folder.append(folder, {"missing": new})
-    return calls
 
 
 @pytest.fixture
-def bench(request, benchmark, identity, device, shape) -> Callable:
+def bench(request, benchmark, identity, device, case, shape) -> Callable:
     """`bench(call, make_inputs, work, peers, **how)` times as `timing.measure` does and returns the
-    row that is kept, to which the benchmark may add columns."""
+    row that is kept, to which the benchmark may add columns.
+
+    With --rows a peer that fails in its first call is noted and its columns are missing; by hand,
+    where nothing is kept, it fails the test."""
     option, (where, name) = request.config.getoption, identity
 
     def run(call, make_inputs, work, peers, **how) -> dict[str, Any]:
         row = where | shape._asdict()
         fewest = QUICK_ROUNDS if option("quick") else MIN_ROUNDS
-        samples = measure(benchmark, call, make_inputs, peers, fewest=fewest, **how)
+        how["may_fail"] = request.node.stash.get(PEERS, ()) if option("rows") else ()
+        samples, failed = measure(benchmark, call, make_inputs, peers, fewest=fewest, **how)
+        reasons = {f"{peer}, {where['op']} {case}": why for peer, why in failed.items()}
+        note_missing(request.config, reasons)
         if samples:
             row |= summary(samples, work, limits_of(option("rows"), device, option("sizes")))
             request.node.stash[ROW] = {"id": name, "row": row}

@@ -7,7 +7,7 @@ times one call of each peer.
 
 import itertools
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.device_time import REPEATS, cold_l2_s, graph_replay_s
+from benchmarks.peers.packages import FAILURES, first_line
 from mistral_kernels.machine_limits import Limits, seconds
 
 OURS = "ours"
@@ -51,7 +52,8 @@ def measure(
     rounds: int | None = None,
     steps: int = 1,
     fewest: int = MIN_ROUNDS,
-) -> Samples:
+    may_fail: Collection[str] = (),
+) -> tuple[Samples, dict[str, str]]:
     """Time `call` and `peers` on the same inputs, in turns.
 
     Args:
@@ -65,51 +67,55 @@ def measure(
         rounds: calls of each contestant; None: as many as the budget allows.
         steps: equal steps in a call; the times are those of one step.
         fewest: rounds that there are at least; below MIN_ROUNDS, also the most of `rounds`.
+        may_fail: names of peers that are left out if their first call fails.
 
     Returns:
-        Seconds of each round by contestant; on a GPU device times, and one more sample "graph".
-        Empty under --benchmark-disable.
+        samples: seconds of each round by contestant; on a GPU device times, and one more sample
+            "graph". Empty under --benchmark-disable.
+        failed: name of a peer that was left out -> why.
 
     Raises:
         AssertionError: two contestants do not agree.
     """
-    contestants = {OURS: call, **peers}
     inputs = make_inputs()
     with torch.inference_mode():
-        results = first_results(contestants, inputs)
+        contestants = {OURS: call, **peers}
+        results, failed = first_results(contestants, inputs, may_fail)
+        for name in failed:
+            del contestants[name]
         if compare:
             check_agreement(results, AGREE[benchmark.params["dtype"]])
         if benchmark.disabled:
             benchmark.pedantic(call, inputs)
-            return {}
+            return {}, failed
         if any(isinstance(value, Tensor) and value.is_cuda for value in inputs):
-            return _on_gpu(benchmark, contestants, make_inputs, inputs)
-        sets = itertools.cycle([inputs, *_more_sets(make_inputs, inputs)] if cold else [inputs])
-        if rounds is None:
-            round_s = sum(seconds(run, *next(sets)) for run in contestants.values())
-            rounds = max(fewest, min(MAX_ROUNDS, int(BUDGET_S / round_s)))
-        elif fewest < MIN_ROUNDS:
+            return _on_gpu(benchmark, contestants, make_inputs, inputs), failed
+        sets = [inputs, *_more_sets(make_inputs, inputs)] if cold else [inputs]
+        if rounds is not None and fewest < MIN_ROUNDS:
             rounds = min(rounds, fewest)
-        samples: Samples = {name: [] for name in contestants}
-
-        def time_one(name: str) -> None:
-            samples[name].append(seconds(contestants[name], *next(sets)) / steps)
-
-        def time_peers() -> None:
-            for name in peers:
-                time_one(name)
-
-        benchmark.pedantic(time_one, (OURS,), setup=time_peers, rounds=rounds)
-    return samples
+        samples = _by_the_clock(benchmark, contestants, sets, rounds, fewest)
+    return {name: [time / steps for time in times] for name, times in samples.items()}, failed
 
 
-def first_results(contestants: Mapping[str, Callable], inputs: tuple) -> dict[str, Tensor]:
-    """Call each contestant once, untimed: a first call may compile, or make tables."""
-    results = {}
+def first_results(
+    contestants: Mapping[str, Callable], inputs: tuple, may_fail: Collection[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Call each contestant once, untimed: a first call may compile, or make tables.
+
+    Returns:
+        results: name -> what it computed.
+        failed: name of `may_fail` -> why it has no result.
+    """
+    results, failed = {}, {}
     for name, run in contestants.items():
         copies = (value.clone() if isinstance(value, Tensor) else value for value in inputs)
-        results[name] = run(*copies).flatten().float().cpu()
-    return results
+        try:
+            results[name] = run(*copies).flatten().float().cpu()
+        except FAILURES as error:
+            if name not in may_fail:
+                raise
+            failed[name] = f"failed: {first_line(error)}"
+    return results, failed
 
 
 def check_agreement(results: Mapping[str, Tensor], share: float) -> None:
@@ -124,6 +130,25 @@ def check_agreement(results: Mapping[str, Tensor], share: float) -> None:
 def _more_sets(make_inputs: Callable[[], tuple], inputs: tuple) -> list[tuple]:
     size = sum(value.nbytes for value in tree_leaves(inputs) if isinstance(value, Tensor))
     return [make_inputs() for _ in range(min(MAX_SETS, COLD_BYTES // size))]
+
+
+def _by_the_clock(benchmark, contestants, sets, rounds: int | None, fewest: int) -> Samples:
+    inputs = itertools.cycle(sets)
+    if rounds is None:
+        round_s = sum(seconds(run, *next(inputs)) for run in contestants.values())
+        rounds = max(fewest, min(MAX_ROUNDS, int(BUDGET_S / round_s)))
+    samples: Samples = {name: [] for name in contestants}
+
+    def time_one(name: str) -> None:
+        samples[name].append(seconds(contestants[name], *next(inputs)))
+
+    def time_peers() -> None:
+        for name in contestants:
+            if name != OURS:
+                time_one(name)
+
+    benchmark.pedantic(time_one, (OURS,), setup=time_peers, rounds=rounds)
+    return samples
 
 
 def _on_gpu(benchmark, contestants, make_inputs, inputs) -> Samples:

@@ -27,6 +27,17 @@ def test_wrong(bench):
 def test_killed(bench):
     os.kill(os.getpid(), signal.SIGKILL)
 """
+BROKEN_PEER = """
+NAME = "liger"
+
+def missing(device):
+    return None
+
+def rms_norm(shape, dtype, device):
+    def call(x, weight, eps):
+        raise LookupError("no such architecture")
+    return call
+"""
 
 
 def start_suite(folder: Path) -> subprocess.Popen:
@@ -51,13 +62,14 @@ def suite(folder: Path) -> tuple[int, str]:
 
 @pytest.fixture
 def copied(tmp_path) -> Path:
-    """A folder with the suite, of which one benchmark is left, and a broken one."""
+    """A folder with the suite, of which one benchmark is left, a broken one and a broken peer."""
     shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for path in (tmp_path / "benchmarks").glob("bench_*.py"):
         if path.name != "bench_rms_norm.py":
             path.unlink()
     (tmp_path / "benchmarks" / "bench_broken.py").write_text(BROKEN)
+    (tmp_path / "benchmarks" / "peers" / "liger.py").write_text(BROKEN_PEER)
     return tmp_path
 
 
@@ -76,7 +88,9 @@ def test_the_suite_goes_on_after_failures_and_resumes(copied):
     assert [(row["dtype"], row["tokens"]) for row in rows] == [("float32", 3), ("bfloat16", 3)]
     for row in rows:
         assert 0 < row["q1_us"] <= row["median_us"] <= row["q3_us"]
-        assert row["peers"]["torch"]["ratio"] > 0
+        assert row["peers"].keys() == {"torch"} and row["peers"]["torch"]["ratio"] > 0
+    assert results["missing_peers"]["liger, rms_norm tiny-3"] == "failed: no such architecture"
+    assert "liger, rms_norm tiny-3: failed" in told
     with (out / "results.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert [float(line["torch ratio"]) for line in table] == [

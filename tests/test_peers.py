@@ -63,7 +63,7 @@ def contest(name: str, op: str, sizes: tuple, **mistaken) -> None:
     call = getattr(peers.ADAPTERS[name], op)(shape._replace(**mistaken), BF16, "cpu")
 
     def bench(run, make_inputs, work, contestants, **how):
-        results = first_results({OURS: run, **contestants}, make_inputs())
+        results, _ = first_results({OURS: run, **contestants}, make_inputs())
         check_agreement(results, AGREE[BF16])
         compared.extend(results)
         return {}
@@ -106,8 +106,8 @@ def test_an_engine_gives_our_logits(name, size, monkeypatch):
             assert (kind, name) == ("prefill", "transformers-compiled") and "decode only" in engine
             continue
         with torch.inference_mode():
-            calls = contests[kind](model, {name: engine(model)}, shape)
-            check_agreement(first_results(calls, ()), AGREE[torch.float32])
+            calls = contests[kind](model, {name: engine}, shape)
+            check_agreement(first_results(calls, ())[0], AGREE[torch.float32])
 
 
 def test_reasons_why_a_package_cannot_be_used(monkeypatch, tmp_path):
@@ -165,3 +165,17 @@ def test_an_adapter_that_fails_says_so(monkeypatch):
     monkeypatch.setattr(peers.sdpa, "prefill_attention", broken)
     call = ("prefill_attention", None, BF16, "cpu", ("sdpa",))
     assert peers.calls_of(*call) == ({}, {"sdpa": "failed: nvcc: not found"})
+
+
+def test_an_engine_that_cannot_be_made_is_a_call_that_fails():
+    def broken(model):
+        raise RuntimeError("out of memory\nmore")
+
+    shape = ModelShape(20, 1, *TINY["dense"])
+    model = random_model(shape, torch.float32)
+    for contest in (decode_contest, prefill_contest):
+        calls = contest(model, {"broken": broken}, shape)
+        results, failed = first_results(calls, (), {"broken"})
+        assert (results.keys(), failed) == ({OURS}, {"broken": "failed: out of memory"})
+        with pytest.raises(RuntimeError, match="out of memory"):
+            first_results(calls, ())

@@ -10,8 +10,10 @@ What is no work of the call itself (plans, masks, layouts) is made by `f`, outsi
 An adapter may name devices as `SLOW_ON`, where it takes so long to start that it runs by name only.
 """
 
-from collections.abc import Callable, Collection
+import functools
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -32,6 +34,7 @@ from benchmarks.peers import (
     varlen_attention,
     xformers,
 )
+from mistral_kernels import Transformer
 
 ADAPTERS = {
     adapter.NAME: adapter
@@ -109,3 +112,24 @@ def calls_of(
         else:
             calls |= made if isinstance(made, dict) else {name: made}
     return calls, reasons
+
+
+def engine_calls(
+    model: Transformer, engines: Mapping[str, Callable], use: Callable[[Any], Callable]
+) -> dict[str, Callable]:
+    """Name -> the call that `use(engine)` returns, of the calls of op "model".
+
+    Engines are made by the first call, so that one which cannot be made fails as one that cannot
+    run; out of inference mode, as models are loaded.
+    """
+
+    def late(engine_of: Callable) -> Callable:
+        @functools.cache
+        @torch.inference_mode(False)
+        @torch.no_grad()
+        def made() -> Callable:
+            return use(engine_of(model))
+
+        return lambda: made()()
+
+    return {name: late(engine_of) for name, engine_of in engines.items()}

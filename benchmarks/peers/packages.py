@@ -4,8 +4,16 @@ import importlib
 import importlib.util
 
 # What compiled parts raise that do not load, or do not compile when they are first used; and what
-# Python raises where a package and its torch, or its signatures and ours, are of other versions.
-FAILURES = (ImportError, OSError, RuntimeError, AttributeError, NameError, TypeError, ValueError)
+# Python raises where a package and its torch, or its signatures and ours, are of other versions, or
+# a package refuses a call.
+FAILURES: tuple[type[Exception], ...] = (
+    *(ImportError, OSError, RuntimeError, AttributeError, NameError, TypeError, ValueError),
+    *(AssertionError, LookupError),
+)
+if importlib.util.find_spec("triton"):
+    from triton.errors import TritonError  # a kernel that does not compile, or does not fit
+
+    FAILURES += (TritonError,)
 
 
 def first_line(error: BaseException) -> str:
