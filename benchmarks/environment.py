@@ -1,5 +1,7 @@
-"""Of what commit and by which command a benchmark's results were made, and where."""
+"""Of what code and by which command a benchmark's results were made, and where."""
 
+import hashlib
+import os
 import shlex
 import shutil
 import subprocess
@@ -13,8 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def environment() -> dict[str, Any]:
-    """Return facts of the machine, commit and command, as json can write them."""
-    return machine.environment() | {"commit": commit(), "command": command(sys.argv)}
+    """Return facts of the machine, code and command, as json can write them."""
+    made = {"commit": commit(), "code": code(), "command": command(sys.argv)}
+    return machine.environment() | made
 
 
 def commit() -> str | None:
@@ -30,6 +33,22 @@ def commit() -> str | None:
         text=True,
     )
     return shown.stdout.strip() or None
+
+
+def code() -> str:
+    """Return a digest of all that runs: Python files and the compiled core, committed or not."""
+    digest = hashlib.sha256()
+    for root in (Path(machine.__file__).parent, ROOT / "benchmarks"):
+        files = (
+            Path(folder, name)
+            for folder, _, names in os.walk(root, followlinks=True)  # kernels/ is a symlink
+            for name in names
+            if name.endswith((".py", ".so"))
+        )
+        for file in sorted(files):
+            digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def command(argv: list[str]) -> str:

@@ -17,7 +17,10 @@ from mistral_kernels.whole_file import write_json, write_text
 
 RUN, LINES = "run.json", "rows.jsonl"
 # Of the environment: what must not differ between the rows of one run. Dates and commands may.
-SAME = ("cpu", "gpu", "threads", "instruction_set", "torch", "triton", "transformers", "commit")
+SAME = (
+    *("cpu", "gpu", "threads", "instruction_set", "torch", "triton", "transformers"),
+    *("commit", "code"),
+)
 
 
 def identity(row: dict[str, Any], shape: dict[str, Any]) -> list[Any]:
@@ -100,7 +103,7 @@ def resume(folder: Path, run: dict[str, Any]) -> int:
 
 
 def _comparable(run: dict[str, Any]) -> dict[str, Any]:
-    # Results that are written make the tree dirty, so only the commit itself counts.
+    # Results that are written make the tree dirty, too; whether what runs was edited, "code" tells.
     facts = {name: run["environment"].get(name) for name in SAME}
     facts["commit"] = facts["commit"] and facts["commit"].removesuffix("-dirty")
     return facts | run["choices"]

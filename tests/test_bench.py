@@ -18,8 +18,10 @@ from mistral_kernels.machine_limits import Limits
 ROOT = Path(__file__).resolve().parents[1]
 BROKEN = """
 import os, signal
+import pytest
 from benchmarks.bench_rms_norm import SHAPES
 OP = "planted"
+pytestmark = pytest.mark.skipif(os.path.exists("mended"), reason="mended")
 
 def test_wrong(bench):
     raise EOFError("planted")
@@ -97,8 +99,8 @@ def test_the_suite_goes_on_after_failures_and_resumes(copied):
         row["peers"]["torch"]["ratio"] for row in rows
     ]
 
-    # Killed in the middle of the last row, the broken benchmark mended: only that row is missing.
-    (copied / "benchmarks" / "bench_broken.py").unlink()
+    # Killed in the middle of the last row, the cause of failures mended: only that row is missing.
+    (copied / "mended").touch()
     lines = (out / "rows.jsonl").read_text().splitlines()
     first, last = (line for line in lines if '"row"' in line)
     (out / "rows.jsonl").write_text(f"{first}\n{last[:-40]}")
@@ -132,6 +134,8 @@ def test_a_run_of_another_environment_is_refused(tmp_path):
     run_folder.append(tmp_path, {"failed": "x", "reason": "y"})
     assert run_folder.resume(tmp_path, run_of(commit="abc-dirty")) == 1
     assert run_folder.lines(tmp_path) == [{"row": {}, "id": []}]
+    with pytest.raises(ValueError, match="code a -> b.*--restart"):
+        run_folder.resume(tmp_path, run_of(commit="abc-dirty", code="b"))
     with pytest.raises(ValueError, match="torch a -> b.*--restart"):
         run_folder.resume(tmp_path, run_of(commit="abc", torch="b"))
     with pytest.raises(ValueError, match="quick False -> True"):
@@ -174,6 +178,19 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
 def test_no_commit_is_known_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert environment.commit() is None
+
+
+def test_code_is_known_by_what_is_in_it(copied, monkeypatch):
+    monkeypatch.setattr(environment, "ROOT", copied)
+    before, new = environment.code(), copied / "benchmarks" / "new.py"
+    (copied / "benchmarks" / "results.json").touch()
+    assert environment.code() == before
+    new.touch()
+    added = environment.code()
+    new.write_text("BUDGET_S = 0.5")
+    assert len({before, added, environment.code()}) == 3
+    new.unlink()
+    assert environment.code() == before
 
 
 def test_the_suites_share_all_benchmarks():
