@@ -2,15 +2,23 @@
 
 import functools
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import bench_prefill_attention, peers
-from benchmarks.bench_model import TINY, decode_contest, prefill_contest, random_model
+from benchmarks.bench_model import (
+    TINY,
+    config_of,
+    decode_contest,
+    prefill_contest,
+    random_model,
+)
 from benchmarks.bench_model import Shape as ModelShape
 from benchmarks.peers import packages
 from benchmarks.timing import AGREE, OURS, check_agreement, first_results
+from mistral_kernels.model import random_weights
 from tests import fake_peer_models, fake_peers
 
 BF16 = torch.bfloat16
@@ -108,6 +116,16 @@ def test_an_engine_gives_our_logits(name, size, monkeypatch):
         with torch.inference_mode():
             calls = contests[kind](model, {name: engine}, shape)
             check_agreement(first_results(calls, ())[0], AGREE[torch.float32])
+
+
+def test_an_engine_has_the_window_of_each_layer():
+    torch.manual_seed(0)
+    shape = ModelShape(0, 20, *TINY["dense"])
+    config = replace(config_of(shape), windows=(8, None))
+    model = random_weights.random_model(config, dtype=torch.float32)
+    calls = prefill_contest(model, {"transformers": peers.transformers.Engine}, shape)
+    with torch.inference_mode():
+        check_agreement(first_results(calls, ())[0], AGREE[torch.float32])
 
 
 def test_reasons_why_a_package_cannot_be_used(monkeypatch, tmp_path):

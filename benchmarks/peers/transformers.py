@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks.peers import packages
 from mistral_kernels import Transformer
+from mistral_kernels.model.config_writing import huggingface_config
 from mistral_kernels.model.weight_table import huggingface_table
 
 NAME = "transformers"
@@ -26,32 +27,16 @@ class Engine:
     """transformers' model with the weights of ours.
 
     Args:
-        model: a dense or Mixtral-shaped model, with one window for all layers.
+        model: one that a `config.json` can express.
     """
 
     def __init__(self, model: Transformer):
-        from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig
+        from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.initialization import no_init_weights
 
         config = model.config
-        sizes = {
-            "hidden_size": config.hidden,
-            "num_hidden_layers": config.layers,
-            "num_attention_heads": config.q_heads,
-            "num_key_value_heads": config.kv_heads,
-            "head_dim": config.head_dim,
-            "intermediate_size": config.ffn_dim,
-            "vocab_size": config.vocab,
-            "rms_norm_eps": config.norm_eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-            "sliding_window": config.windows[0],
-            "tie_word_embeddings": config.tied_embeddings,
-        }
-        if config.experts:
-            routing = {"num_local_experts": config.experts, "num_experts_per_tok": config.top_k}
-            self.config = MixtralConfig(**sizes, **routing)
-        else:
-            self.config = MistralConfig(**sizes)
+        values = huggingface_config(config)
+        self.config = AutoConfig.for_model(values.pop("model_type"), **values)
         with no_init_weights():  # they are copied below; initialising them takes seconds
             theirs = AutoModelForCausalLM.from_config(self.config, dtype=model.dtype).eval()
         ours = dict(model.named_parameters())
