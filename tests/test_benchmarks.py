@@ -1,5 +1,7 @@
 """Every benchmark runs on tiny shapes and agrees with its peers; its row says what was measured."""
 
+import importlib
+import math
 import os
 import subprocess
 import sys
@@ -10,9 +12,12 @@ import pytest
 import torch
 
 from benchmarks import timing
+from benchmarks.bench_model import config_of
 from benchmarks.device_time import REPEATS
 from benchmarks.timing import Work, check_agreement, summary
 from mistral_kernels.machine_limits import Limits
+from mistral_kernels.model.config_writing import huggingface_config
+from mistral_kernels.model.weight_table import parameter_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 # Not those of a worker of pytest-xdist, in which pytest-benchmark measures nothing.
@@ -36,6 +41,19 @@ def test_every_benchmark_runs():
     shown = run_benchmarks("--benchmark-disable", *files)
     for path in files:
         assert f"PASSED benchmarks/{Path(path).name}" in shown
+
+
+@pytest.mark.parametrize("name", ["model", "low_bit", "transformers"])
+def test_whole_models_fit_a_gpu_of_80_gb_beside_a_peer(name):
+    cases = importlib.import_module(f"benchmarks.bench_{name}").SHAPES["cuda"]
+    kinds = set()
+    for shape in cases.values():
+        assert shape.context + shape.tokens > 511 and shape.window == 4096
+        config = config_of(shape)
+        kinds.add(huggingface_config(config)["model_type"])
+        weights = 2 * sum(map(math.prod, parameter_shapes(config).values()))
+        assert 14e9 < weights < 25e9
+    assert kinds == {"mistral", "mixtral"}
 
 
 def test_a_row_holds_rates_shares_and_ratios():
