@@ -37,10 +37,10 @@ class Engine:
         config = model.config
         values = huggingface_config(config)
         self.config = AutoConfig.for_model(values.pop("model_type"), **values)
-        with no_init_weights():  # they are copied below; initialising them takes seconds
-            theirs = AutoModelForCausalLM.from_config(self.config, dtype=model.dtype).eval()
+        # Weights are copied below; to initialise them, or to move them, takes seconds.
+        with no_init_weights(), model.device:
+            self.model = AutoModelForCausalLM.from_config(self.config, dtype=model.dtype).eval()
         ours = dict(model.named_parameters())
-        self.model = theirs.to(next(iter(ours.values())).device)
         table = huggingface_table(config, stacked=bool(config.experts))
         self.model.load_state_dict(
             {key: ours[place.parameter][place.index] for key, place in table.items()}
