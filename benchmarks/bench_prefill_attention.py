@@ -33,7 +33,7 @@ SHAPES = {
         "7b-16k-full": Shape(16384, 32, 8, 128, None),
     },
 }
-QUICK = ("small-2k-w512", "small-8k-w512", "7b-16k-w4096")
+QUICK = ("small-2k-w512", "small-4k-w512", "7b-16k-w4096")
 
 
 def test_prefill_attention(bench, peers, device, shape, dtype, backend):

@@ -86,7 +86,8 @@ def run_module(file: Path, options: argparse.Namespace, held: int) -> str | None
     came to its end."""
     command = [sys.executable, "-m", "pytest", "-q", "--benchmark-only", "--benchmark-quiet"]
     command += [str(file), "--rows", str(options.out.resolve()), "--sizes", options.sizes]
-    command += ["--device", options.device, "--peers", options.peers]
+    # Durations: the log tells where the time went.
+    command += ["--device", options.device, "--peers", options.peers, "--durations", "0"]
     command += ["--quick"] if options.quick else []
     log = options.out / f"{file.stem}.log"
     with log.open("w") as shown:
