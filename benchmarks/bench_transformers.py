@@ -26,6 +26,7 @@ SHAPES = {
     "cpu": {name: Shape(PROMPT, 1, *size) for name, size in SIZES.items()},
     "cuda": {name: Shape(GPU_PROMPT, 1, *size) for name, size in GPU_SIZES.items()},
 }
+QUICK = ("mixtral-191m", "mistral-7b")
 
 
 def test_generate(bench, device, shape, dtype):

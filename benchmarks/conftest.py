@@ -137,7 +137,8 @@ def bench(request, benchmark, identity, device, case, shape) -> Callable:
     row that is kept, to which the benchmark may add columns.
 
     With --rows a peer that fails in its first call is noted and its columns are missing; by hand,
-    where nothing is kept, it fails the test."""
+    where nothing is kept, it fails the test.
+    """
     option, (where, name) = request.config.getoption, identity
 
     def run(call, make_inputs, work, peers, **how) -> dict[str, Any]:

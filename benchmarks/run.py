@@ -1,10 +1,11 @@
 """The benchmark suite: `python -m benchmarks.run --suite ops|model|all [--quick] --out DIR`.
 
 Each bench_<name>.py runs in a pytest of its own, which adds a row to DIR/rows.jsonl as soon as it
-is measured. The same command in the same DIR goes on where an earlier one was stopped. A module
-that fails, dies or takes too long is named at the end, the others run. Exit status: 0 if all was
-measured, 1 if something failed, 2 if the arguments do not fit DIR or it cannot be written,
-130 if it was stopped.
+is measured. The same command in the same DIR goes on where an earlier one was stopped, if the code
+is the same. A module that fails, dies or takes too long is named at the end, the others run; so is
+a peer that cannot run, or fails in its first call. Exit status: 0 if all was measured, 1 if
+something of ours failed, 2 if the arguments do not fit DIR or it cannot be written, 130 if it was
+stopped.
 
 `--quick` measures the cases that a module names as `QUICK`, else its first case, three rounds at
 least instead of five.
