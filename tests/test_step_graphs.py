@@ -13,7 +13,7 @@ from tiny_models import random_model, random_prompts
 
 from mistral_kernels import Transformer, generate, stream
 from mistral_kernels.model import decode_step, step_graphs
-from mistral_kernels.model.decode_step import Fed, decode
+from mistral_kernels.model.decode_step import DecodeStep, Fed, decode
 from mistral_kernels.model.sampling import Sampling
 from mistral_kernels.model.step_graphs import StepGraphs, capture_refusal, graph_bytes
 from mistral_kernels.ops import dispatch
@@ -36,27 +36,30 @@ class FakeGraph:
 
 
 class Captures:
-    """The graphs that were captured, and how many steps were run to warm up."""
+    """The graphs that were captured, and how many steps were run op by op."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.graphs: list[FakeGraph] = []
-        self.warmed = 0
-        self.warm_thread: int | None = None
+        self._threads: list[int] = []  # of each step that was computed, replayed ones too
+        self._compute = DecodeStep.compute
         rows = decode_step.step_rows
         patch = monkeypatch.setattr
         patch(decode_step, "step_rows", lambda n, batch, _: rows(n, batch, "cuda"))
         patch(step_graphs, "capture_refusal", lambda model, cache: None)
         patch(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-        patch(StepGraphs, "warm_up", self._warm_up)
         patch(StepGraphs, "capture", self._capture)
+        patch(DecodeStep, "compute", lambda step, model: self._computed(step, model))
 
-    def _warm_up(self, compute) -> None:
-        self.warmed += 1
-        self.warm_thread = threading.get_ident()
-        compute()
+    @property
+    def warmed(self) -> int:
+        return len(self._threads) - sum(graph.replays for graph in self.graphs)
+
+    def _computed(self, step, model) -> None:
+        self._threads.append(threading.get_ident())
+        self._compute(step, model)
 
     def _capture(self, compute) -> FakeGraph:
-        assert self.warm_thread == threading.get_ident(), "cuBLAS has no handle here"
+        assert self._threads[-1] == threading.get_ident(), "cuBLAS has no handle here"
         self.graphs.append(FakeGraph(compute))
         return self.graphs[-1]
 

@@ -131,16 +131,13 @@ class DecodeSteps:
             for stale in self._steps.values():
                 stale.graph, stale.warm = None, False
             self._graphs = StepGraphs(model, cache)
-        if self._graphs.refusal is not None:
-            step.compute(model)
-        elif step.graph is not None:
+        if step.graph is not None:
             step.graph.replay()
-        else:
-            # Before a capture, which can neither compile nor make cuBLAS's handle of its thread.
-            self._graphs.warm_up(lambda: step.compute(model))
-            if step.warm:  # one step alone is not worth it
-                step.graph = self._graphs.capture(lambda: step.compute(model))
-            step.warm = True
+            return
+        step.compute(model)
+        if step.warm and self._graphs.refusal is None:  # one step alone is not worth a capture
+            step.graph = self._graphs.capture(lambda: step.compute(model))
+        step.warm = True
 
 
 class DecodeStep:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mistral_kernels")
 
 OF_PROMPTS = {"rope_", "store_kv_", "prefill_attention"}  # ops that no decode step calls
+ONE_CAPTURE = threading.Lock()  # torch allows one at a time in a process
 CUBLAS_BYTES = 32 << 20  # torch's workspace of cuBLAS for one stream, on Hopper; elsewhere 8 MB
 
 
@@ -93,28 +94,18 @@ class StepGraphs:
         same = model is self._model and _choices(model) == self._choices
         return same and (self._state is None or self._state.unchanged())
 
-    def warm_up(self, compute: Callable[[], None]) -> None:
-        """Calls `compute` on the stream on which this thread captures."""
-        stream = self._stream()
-        current = torch.cuda.current_stream(stream.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            compute()
-        current.wait_stream(stream)
-
     def capture(self, compute: Callable[[], None]) -> CapturedGraph:
-        return CapturedGraph(compute, self._pool, self._stream())
-
-    def _stream(self) -> torch.cuda.Stream:
-        return capture_stream(self._model.device, threading.get_ident())
+        stream = capture_stream(self._model.device, threading.get_ident())
+        return CapturedGraph(compute, self._pool, stream)
 
 
 @functools.cache
 def capture_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
-    """The stream on which a thread captures all its steps.
+    """The stream on which a thread captures all its steps, and on which nothing ever runs.
 
-    Another for each cache would take another workspace of cuBLAS, which torch keeps for good; one
-    for all threads could be captured by one while another works on it.
+    The first capture brings in a workspace of cuBLAS, which torch keeps for good for each thread
+    and stream: another stream for each cache would take more of them. A step that ran here would
+    use this one while another thread replays a graph that does.
     """
     return torch.cuda.Stream(device)
 
@@ -124,13 +115,18 @@ def _choices(model: Transformer) -> list:
 
 
 class CapturedGraph:
-    """What a function launches, ready to be launched again. Capturing it computes nothing."""
+    """What a function launches, ready to be launched again. Capturing it computes nothing.
+
+    The function must have run before in this thread: a capture can neither compile a kernel nor
+    make cuBLAS's handle.
+    """
 
     def __init__(self, compute: Callable[[], None], pool: tuple[int, int], stream):
         self._graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do on the GPU meanwhile is none of the graph's business.
         how = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self._graph, **how):
+        # torch.cuda.graph leaves its stream current when a capture fails.
+        with ONE_CAPTURE, torch.cuda.stream(stream), torch.cuda.graph(self._graph, **how):
             compute()
 
     def replay(self) -> None:
