@@ -94,8 +94,9 @@ class StepBuffer:
             self._done.synchronize()
         self._under_way = False
         tokens, logprobs = (field.tolist() for field in self._drawn)
+        # What an idle row draws is nothing that the next step would have to replace.
         self._held = [
-            row._replace(token=token, position=row.position + (row.position >= 0))
+            row if row.position < 0 else row._replace(token=token, position=row.position + 1)
             for row, token in zip(self._next, tokens, strict=True)
         ]
         return tokens, logprobs
