@@ -57,7 +57,7 @@ def run_bench(folder: str | None, options: BenchOptions) -> dict[str, Any]:
     nbytes = _check_memory(subject, load, device, options.backend)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         limits = _limits(device)
-        model = subject.made(batch=load.batch, backend=options.backend, device=device)
+        model = subject.made(backend=options.backend, device=device)
         with counting_bar("steps") as progress:
             task = progress.add_task("", total=steps_of(load, options.repeats))
             figures = measure_speed(

@@ -38,9 +38,8 @@ class Subject(NamedTuple):
     rounded: str | None  # of FORMATS, what full projections become
     low_bit: Forms  # of the weights that are measured
 
-    def made(self, *, batch: int, backend: str, device: torch.device) -> Transformer:
-        """The model, for `batch` sequences at once."""
-        how = {"device": device, "dtype": self.dtype, "backend": backend, "max_batch_size": batch}
+    def made(self, *, backend: str, device: torch.device) -> Transformer:
+        how = {"device": device, "dtype": self.dtype, "backend": backend}
         if self.folder is None:
             torch.manual_seed(0)
             return random_model(self.config, weights=self.rounded, **how)

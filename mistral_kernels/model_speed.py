@@ -1,10 +1,12 @@
 """How fast a model generates, measured through `mistral_kernels.stream`, which is what users run.
 
-A run feeds `batch` prompts to a fresh cache and draws `new` tokens of each. Its first tokens end
+A run feeds `batch` prompts to an empty cache and draws `new` tokens of each. Its first tokens end
 the prefill, and each later round of tokens is a step of decode:
 
     time    0 ......... t[0] . t[1] . t[2] .. t[new - 1]
             prefill          decode, new - 1 steps
+
+All runs take one cache, with which the recorded calls or CUDA graphs of its steps stay.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ import numpy as np
 import torch
 
 from mistral_kernels.machine_limits import Limits
+from mistral_kernels.model.cache import KVCache
 from mistral_kernels.model.generate import stream
 from mistral_kernels.model.step_work import StepWork, step_work
 from mistral_kernels.model.transformer import Transformer
 from mistral_kernels.peak_memory import device_peak_bytes
 
-WARM_UP = 8  # new tokens of the run before the timed ones: what compiles or records does it there
+# New tokens of the run before the timed ones: what is compiled, recorded or captured is so there.
+WARM_UP = 8
 
 
 class Load(NamedTuple):
@@ -56,7 +60,7 @@ def measure_speed(
     """Measure prefill and decode: greedy, of random token ids, no sequence ends early.
 
     Args:
-        model: made for at least `load.batch` sequences at once (`max_batch_size`).
+        model: the model.
         load: what it does in each run.
         limits: of the device, which the work of the steps is held against.
         repeats: timed runs, >= 1.
@@ -82,8 +86,9 @@ def measure_speed(
     runs: list[list[float]] = []
 
     def measure() -> None:
-        _step_ends(prompts, model, min(WARM_UP, load.new), advance)
-        runs.extend(_step_ends(prompts, model, load.new, advance) for _ in range(repeats))
+        cache = model.new_cache(load.batch, load.tokens)
+        _step_ends(prompts, model, cache, min(WARM_UP, load.new), advance)
+        runs.extend(_step_ends(prompts, model, cache, load.new, advance) for _ in range(repeats))
 
     peak = device_peak_bytes(measure, model.device)
     steps = load.new - 1
@@ -107,12 +112,17 @@ def measure_speed(
 
 
 def _step_ends(
-    prompts: list[list[int]], model: Transformer, new: int, advance: Callable[[], None]
+    prompts: list[list[int]],
+    model: Transformer,
+    cache: KVCache,
+    new: int,
+    advance: Callable[[], None],
 ) -> list[float]:
     """Seconds from the start of a run until every sequence has its first token, its second, .."""
     arrivals: list[list[float]] = [[] for _ in prompts]
+    cache.reset()
     begin = time.perf_counter()
-    for sequence, _, _ in stream(prompts, model, max_tokens=new):
+    for sequence, _, _ in stream(prompts, model, max_tokens=new, cache=cache):
         arrivals[sequence].append(time.perf_counter() - begin)
         if sequence == 0:
             advance()

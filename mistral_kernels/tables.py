@@ -193,6 +193,7 @@ def print_speed(facts: dict[str, Any]) -> None:
             "layers": layers if part else model["layers"],
             "weights": f"{facts['weights']}, {byte_size(model['bytes'])}",
             "computes in": f"{facts['dtype']} on {facts['device']}",
+            "kernels": sorted(set(facts["backends"].values())),
             "load": f"{load['batch']} x ({load['prompt']} tokens, {load['new']} new)",
             "runs": facts["repeats"],
             "time to first token": f"{facts['time_to_first_token_ms']:.2f} ms",

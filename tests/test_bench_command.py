@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -76,6 +77,7 @@ def test_a_table_and_a_file(tmp_path, tiny_shapes):
     for text in (f"{facts['decode']['tokens_per_s']:.1f}", "2 of 32: all figures are of these"):
         assert text in ended.out
     assert "random weights" in ended.out and "steps" in ended.err
+    assert re.search(r"kernels +. reference ", ended.out)
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int4", "int8", "fp8"])
