@@ -1,12 +1,15 @@
 """Decode steps on the CPU replay recorded calls: with the bits of steps that do not."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from tiny_models import random_model
 from torch import nn
 
+from mistral_kernels import generate
 from mistral_kernels.model import recorded_steps
 from mistral_kernels.model.decode_step import Fed, decode
 from mistral_kernels.model.random_weights import in_few_bits
@@ -196,3 +199,15 @@ def test_who_watches_routes_sees_every_step():
         pair.step(3)
     assert len(routes) == 2 * 3 * len(WINDOWS)
     pair.step(2)
+
+
+def test_a_cache_lets_go_of_its_model():
+    model = small_model()
+    cache = model.new_cache(1, 20)
+    generate([[1, 2]], model, max_tokens=3, cache=cache)
+    model, alive = None, weakref.ref(model)
+    gc.collect()
+    assert alive() is not None, "nothing is kept"
+    cache.forget_steps()
+    gc.collect()
+    assert alive() is None and cache.lengths == [4]

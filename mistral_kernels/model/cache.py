@@ -61,8 +61,8 @@ class KVCache:
         starts: first position that each sequence may see; set it after left padding.
         layers: one LayerCache a layer; those with as many pages share one block table.
         decode_steps: what `generate` keeps of its decode steps: static tensors and, on a GPU, CUDA
-            graphs, which hold on to the model; None drops them.
-        recordings: on the CPU, the steps whose calls are replayed; they hold on to it, too.
+            graphs.
+        recordings: on the CPU, the steps whose calls are replayed. Both hold on to the model.
 
     Raises:
         ValueError, TypeError: a size is out of range.
@@ -91,8 +91,7 @@ class KVCache:
         self.lengths = [0] * batch
         self.starts = [0] * batch
         self._written = [0] * batch  # highest length reached: slots up to it were overwritten
-        self.decode_steps: DecodeSteps | None = None
-        self.recordings = StepRecordings()
+        self.forget_steps()
         self._tables: dict[int, Tensor] = {}  # pages a sequence -> their block table
         layers = [
             self._new_layer(config, window, page_size, device, dtype) for window in config.windows
@@ -207,6 +206,14 @@ class KVCache:
                     f" {self.lookahead} allows: their keys overwrote keys still needed"
                 )
         self.lengths = [a - b for a, b in zip(self.lengths, counts, strict=True)]
+
+    def forget_steps(self) -> None:
+        """Drops the steps that are kept to be replayed, and with them the model and their memory.
+
+        The sequences stay as they are. The next steps are made anew.
+        """
+        self.decode_steps: DecodeSteps | None = None
+        self.recordings = StepRecordings()
 
     def reset(self, sequence: int | None = None) -> None:
         """Empties one sequence's place for another sequence, or all of them.
