@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from mistral_kernels.model.adaptable_module import AdaptableModule
+from mistral_kernels.model.config import ModelConfig
+from mistral_kernels.model.hub import resolve_folder
 from mistral_kernels.model.layouts import Layout
 from mistral_kernels.model.low_bit_weight import LowBitWeight, refuse_low_bit
 from mistral_kernels.model.saving import save_checkpoint
 from mistral_kernels.model.weight_table import parameter_shapes
 from mistral_kernels.model.weight_views import WeightView, weight_views
+from mistral_kernels.model.weights import Checkpoint
 from mistral_kernels.ops.checks import FLOATS
 from mistral_kernels.ops.low_bit import LowBit
 
@@ -26,6 +29,65 @@ class SavableModule(AdaptableModule):
     """
 
     folder: Path | None
+    quantisation: str | None
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        max_batch_size: int = 1,
+        backend: str = "auto",
+        layout: Layout | None = None,
+        allow_pickle: bool = False,
+        dequantise: bool = False,
+    ) -> Self:
+        """Loads a checkpoint folder; nothing is allocated before all of it has been checked.
+
+        Args:
+            folder: Mistral-native (`params.json`, `consolidated*.safetensors`) or Hugging Face
+                (`config.json`, `*.safetensors`); or the name of a model on the Hugging Face hub,
+                which is downloaded where the cache lacks it, see `resolve_folder`.
+            device: None: cuda if present, else cpu.
+            dtype: None: the checkpoint's.
+            max_batch_size: most sequences that `generate` and `stream` run at once.
+            backend: a preference, see the class.
+            layout: "native" or "huggingface" where a folder holds both; None: native wins.
+            allow_pickle: also reads `consolidated.NN.pth` (or `.pt`) and `pytorch_model*.bin`, by
+                torch's restricted unpickler, which runs no code of theirs.
+            dequantise: widens weights in few bits to the model's dtype, as adapters and
+                `save_pretrained` need them. The model then takes the memory of a full one.
+
+        Returns:
+            The model, ready to run; its parameters are frozen.
+
+        Raises:
+            FileNotFoundError: the folder, its configuration or a weight file is missing.
+            DownloadError: an OSError; a model of the hub cannot be downloaded.
+            ValueError: a file is damaged or unsupported; the text names file and key.
+        """
+        ModelConfig.from_folder(folder, layout)  # what is not supported is never downloaded
+        folder = resolve_folder(folder, layout=layout)
+        config = ModelConfig.from_folder(folder, layout)
+        checkpoint = Checkpoint(
+            folder, config, layout, allow_pickle=allow_pickle, dequantise=dequantise
+        )
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = cls(
+            checkpoint.config,
+            device=device,
+            dtype=checkpoint.dtype if dtype is None else dtype,
+            max_batch_size=max_batch_size,
+            backend=backend,
+            low_bit=checkpoint.forms,
+        )
+        checkpoint.copy_to(model._weights())
+        model.quantisation = str(checkpoint.quantisation) if checkpoint.forms else None
+        model.folder = folder.absolute()  # the current folder may change before it is used
+        return model
 
     def save_pretrained(
         self,

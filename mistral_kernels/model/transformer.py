@@ -17,7 +17,6 @@ from mistral_kernels.model.backends import choose_backends, decode_backend
 from mistral_kernels.model.cache import KVCache, LayerCache
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.forward_checks import check_inputs
-from mistral_kernels.model.hub import resolve_folder
 from mistral_kernels.model.layers import (
     BATCH_INVARIANT,
     Block,
@@ -25,13 +24,11 @@ from mistral_kernels.model.layers import (
     parameter,
     residual_norm,
 )
-from mistral_kernels.model.layouts import Layout
 from mistral_kernels.model.low_bit_weight import LowBitForm, layer_forms
 from mistral_kernels.model.recorded_steps import StepRecordings
 from mistral_kernels.model.rope_tables import RopeTables, rope_tables
 from mistral_kernels.model.savable_module import SavableModule
 from mistral_kernels.model.step import ALL, Step, plan_step
-from mistral_kernels.model.weights import Checkpoint
 from mistral_kernels.ops.checks import FLOATS, check_int, compute_dtype, is_int
 from mistral_kernels.ops.dispatch import BoundOp
 
@@ -106,64 +103,6 @@ class Transformer(SavableModule):
         if not config.tied_embeddings:
             self.output = parameter(config.vocab, config.hidden, **place)
         self.set_backend(backend)
-
-    @classmethod
-    def from_folder(
-        cls,
-        folder: str | Path,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        max_batch_size: int = 1,
-        backend: str = "auto",
-        layout: Layout | None = None,
-        allow_pickle: bool = False,
-        dequantise: bool = False,
-    ) -> Transformer:
-        """Loads a checkpoint folder; nothing is allocated before all of it has been checked.
-
-        Args:
-            folder: Mistral-native (`params.json`, `consolidated*.safetensors`) or Hugging Face
-                (`config.json`, `*.safetensors`); or the name of a model on the Hugging Face hub,
-                which is downloaded where the cache lacks it, see `resolve_folder`.
-            device: None: cuda if present, else cpu.
-            dtype: None: the checkpoint's.
-            max_batch_size: most sequences that `generate` and `stream` run at once.
-            backend: a preference, see the class.
-            layout: "native" or "huggingface" where a folder holds both; None: native wins.
-            allow_pickle: also reads `consolidated.NN.pth` (or `.pt`) and `pytorch_model*.bin`, by
-                torch's restricted unpickler, which runs no code of theirs.
-            dequantise: widens weights in few bits to the model's dtype, as adapters and
-                `save_pretrained` need them. The model then takes the memory of a full one.
-
-        Returns:
-            The model, ready to run; its parameters are frozen.
-
-        Raises:
-            FileNotFoundError: the folder, its configuration or a weight file is missing.
-            DownloadError: an OSError; a model of the hub cannot be downloaded.
-            ValueError: a file is damaged or unsupported; the text names file and key.
-        """
-        ModelConfig.from_folder(folder, layout)  # what is not supported is never downloaded
-        folder = resolve_folder(folder, layout=layout)
-        config = ModelConfig.from_folder(folder, layout)
-        checkpoint = Checkpoint(
-            folder, config, layout, allow_pickle=allow_pickle, dequantise=dequantise
-        )
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = cls(
-            checkpoint.config,
-            device=device,
-            dtype=checkpoint.dtype if dtype is None else dtype,
-            max_batch_size=max_batch_size,
-            backend=backend,
-            low_bit=checkpoint.forms,
-        )
-        checkpoint.copy_to(model._weights())
-        model.quantisation = str(checkpoint.quantisation) if checkpoint.forms else None
-        model.folder = folder.absolute()  # the current folder may change before it is used
-        return model
 
     @property
     def device(self) -> torch.device:
