@@ -15,6 +15,7 @@ from mistral_kernels.environment import environment
 from mistral_kernels.free_memory import free_memory
 from mistral_kernels.machine_limits import MATMUL, STREAM_BYTES, Limits, machine_limits
 from mistral_kernels.model.backends import choose_backends
+from mistral_kernels.model.cache import MOST_TOKENS
 from mistral_kernels.model.config import ModelConfig
 from mistral_kernels.model.families import family_of
 from mistral_kernels.model.low_bit_weight import LowBitForm
@@ -90,10 +91,11 @@ def run_bench(folder: str | None, options: BenchOptions) -> dict[str, Any]:
 
 
 def _check_positions(config: ModelConfig, load: Load) -> None:
-    if config.max_positions is not None and load.tokens > config.max_positions:
+    most = MOST_TOKENS if config.max_positions is None else config.max_positions
+    if load.tokens > most:
         raise ValueError(
-            f"--prompt {load.prompt} and --new {load.new}: expected at most the"
-            f" {config.max_positions} tokens that the model was made for, got {load.tokens}"
+            f"--prompt {load.prompt} and --new {load.new}: expected at most the {most} tokens that"
+            f" a sequence of the model can have, got {load.tokens}"
         )
 
 

@@ -314,9 +314,10 @@ def bench(
     """Measure prefill and decode, beside the limits of this machine in the same run."""
     printed = options.json == Path("-")
     out = None if printed else options.json
-    # The file is replaced by a new one, which a device or a pipe must not be.
-    if out and (out.exists() and not out.is_file() or not out.absolute().parent.is_dir()):
-        raise ValueError(f"--json: expected a file in a folder that exists, or -, got {out}")
+    # Asked before anything is measured. The file is replaced by a new one, which a device or a pipe
+    # must not be.
+    if out and (out.exists() and not out.is_file() or not _is_writable(out.absolute().parent)):
+        raise ValueError(f"--json: expected a file in a writable folder, or -, got {out}")
 
     from mistral_kernels.bench import run_bench
     from mistral_kernels.tables import print_speed
@@ -329,6 +330,10 @@ def bench(
         print_speed(facts)
     if out:
         write_json(out, facts)
+
+
+def _is_writable(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 if __name__ == "__main__":

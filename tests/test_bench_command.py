@@ -124,6 +124,7 @@ def test_a_folder_is_rounded_and_one_in_few_bits_keeps_its_form(tmp_path):
             ("--model", "mistral-7b-v0.1", "--random-weights", "--prompt", 32700, "--new", 100),
             ("--prompt 32700 and --new 100: expected at most the 32768", "got 32800"),
         ),
+        (("--prompt", 2**31), ("--prompt 2147483648", "expected at most the 2147483647 tokens")),
         (("--batch", 0), ("--batch", "1")),
         (("--new", 1), ("--new", "2")),
         (("--weights", "int4"), ("--weights int4: ffn_dim: expected a multiple of", "got 320")),
@@ -141,6 +142,14 @@ def test_json_does_not_replace_a_pipe_or_a_device(tmp_path):
     os.mkfifo(pipe)
     assert_refused(refused("--json", pipe), "--json: expected a file", f"or -, got {pipe}")
     assert pipe.is_fifo()
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_anything_is_measured(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)  # root may do all
+    monkeypatch.setattr(bench, "measure_speed", None)
+    assert_refused(refused("--json", tmp_path / "out"), "--json: expected a file in a writable")
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
