@@ -39,6 +39,7 @@ class Subject(NamedTuple):
     low_bit: Forms  # of the weights that are measured
 
     def made(self, *, backend: str, device: torch.device) -> Transformer:
+        """The model, its weights in memory."""
         how = {"device": device, "dtype": self.dtype, "backend": backend}
         if self.folder is None:
             torch.manual_seed(0)
