@@ -2,10 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from mistral_kernels.model.sampling import logprobs_of, sample, uniform_draw
+from mistral_kernels.model.generated_sequence import DRAWS_AT_ONCE, GeneratedSequence
+from mistral_kernels.model.sampling import logprobs_of, sample, uniform_draws
+from mistral_kernels.model.stop_text import StopText
 
 
 def walk(logits: list[float], draw: float, temperature: float, top_k, top_p: float) -> int:
@@ -67,7 +70,7 @@ def test_a_tiny_temperature_is_greedy(temperature):
 
 def test_rows_do_not_touch_each_other():
     logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(1))
-    draws = [uniform_draw(7, i) for i in range(5)]
+    draws = uniform_draws(7, 0, 5)
     options = {"temperature": 0.8, "top_p": 0.95}
     together = sample(logits, draws, **options).tolist()
     alone = [sample(logits[i : i + 1], draws[i : i + 1], **options).item() for i in range(5)]
@@ -75,11 +78,20 @@ def test_rows_do_not_touch_each_other():
 
 
 def test_draws_depend_on_seed_and_step_alone():
-    draws = {(s, t): uniform_draw(s, t) for s in range(20) for t in range(50)}
-    assert all(uniform_draw(s, t) == draw for (s, t), draw in draws.items())
-    assert all(0 <= draw < 1 for draw in draws.values())
-    assert len(set(draws.values())) == len(draws)
-    assert 0.45 < sum(draws.values()) / len(draws) < 0.55
+    def alone(seed: int, step: int) -> float:
+        return np.random.Generator(np.random.Philox(key=seed, counter=step)).random()
+
+    steps = 2 * DRAWS_AT_ONCE + 3
+    draws = []
+    for seed in (0, 1, 7, 2**64 - 1):
+        sequence = GeneratedSequence(0, [1], seed, None, None, StopText(None))
+        for sequence.drawn in range(steps):
+            draws.append(sequence.draw(0.7))
+            assert draws[-1] == alone(seed, sequence.drawn)
+        assert sequence.draw(0.0) == 0
+    assert uniform_draws(3, 2**64 - 2, 4) == [alone(3, 2**64 - 2 + i) for i in range(4)]
+    assert all(0 <= draw < 1 for draw in draws) and len(set(draws)) == len(draws)
+    assert 0.45 < sum(draws) / len(draws) < 0.55
 
 
 def test_logprobs_are_of_the_unscaled_distribution():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mistral_kernels.model.cache import KVCache
@@ -16,12 +16,14 @@ from mistral_kernels.model.generate_checks import (
     token_ids,
     tokenizer_for,
 )
-from mistral_kernels.model.sampling import uniform_draw
+from mistral_kernels.model.sampling import uniform_draws
 from mistral_kernels.model.stop_text import StopText
 from mistral_kernels.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from mistral_kernels.model.tokenizer import TextStream
+
+DRAWS_AT_ONCE = 32
 
 
 @dataclass
@@ -35,10 +37,16 @@ class GeneratedSequence:
     text: TextStream | None  # of the new tokens; None without stop strings
     stop: StopText
     drawn: int = 0
+    draws: list[float] = field(default_factory=list)  # of this and the next tokens
 
     def draw(self, temperature: float) -> float:
         """The number in [0, 1) that the next token is sampled with; greedily none is drawn."""
-        return uniform_draw(self.seed, self.drawn) if temperature else 0.0
+        if not temperature:
+            return 0.0
+        place = self.drawn % DRAWS_AT_ONCE
+        if place == 0:
+            self.draws = uniform_draws(self.seed, self.drawn, DRAWS_AT_ONCE)
+        return self.draws[place]
 
     def stops_at(self, token: int) -> bool:
         """Takes a new token; tells whether the text of all of them now holds a stop string."""

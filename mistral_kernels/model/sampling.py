@@ -25,9 +25,15 @@ class Sampling(NamedTuple):
     top_p: float
 
 
-def uniform_draw(seed: int, step: int) -> float:
-    """The number in [0, 1) that step `step` of the sequence with `seed` draws."""
-    return np.random.Generator(np.random.Philox(key=seed, counter=step)).random()
+def uniform_draws(seed: int, step: int, count: int) -> list[float]:
+    """The numbers in [0, 1) that a sequence's steps from `step` on draw, one each.
+
+    A step's is the first that the generator gives with the step for its counter. To make the
+    generator takes 30 us, a number 0.1 (Xeon at 2.5 GHz, 2026-11-23): ask for many.
+    """
+    # A counter stands for four numbers of 64 bits; a float64 has 53.
+    first_of_four = np.random.Philox(key=seed, counter=step).random_raw(4 * count)[::4]
+    return ((first_of_four >> np.uint64(11)) * 2.0**-53).tolist()
 
 
 def sample(
