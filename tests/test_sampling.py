@@ -24,18 +24,20 @@ def walk(logits: list[float], draw: float, temperature: float, top_k, top_p: flo
         kept.append(i)
         reached += weights[i] / total
     point, end = draw * reached, 0.0
-    for i in kept:
+    for i in sorted(kept):
         end += weights[i] / total
         if point < end:
             return i
-    return kept[-1]
+    return max(kept)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize("top_k", [None, 1, 3, 50])
+@pytest.mark.parametrize("top_k", [None, 1, 3, 7, 50])
 @pytest.mark.parametrize("top_p", [1e-9, 0.4, 0.9, 1.0])
-def test_every_draw_lands_where_the_walk_does(temperature, top_k, top_p):
+@pytest.mark.parametrize("step", [1e-9, 1.5], ids=["different", "equals"])
+def test_every_draw_lands_where_the_walk_does(temperature, top_k, top_p, step):
     logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(0)) * 2
+    logits = (logits / step).round() * step
     draws = [(i + 0.5) / 200 for i in range(200)]
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     tokens = sample(logits.expand(200, -1), draws, **options).tolist()
@@ -61,6 +63,14 @@ def test_order_is_temperature_then_top_k_then_top_p():
 
 def test_greedy_takes_the_lowest_of_equals():
     assert sample(torch.tensor([[1.0, 3.0, 3.0]]), [0.9], temperature=0).item() == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 400}, {"top_p": 0.99}])
+def test_the_largest_draw_takes_a_token_that_can_be_drawn(options):
+    logits = torch.randn(200, 500, generator=torch.Generator().manual_seed(4))
+    logits[:, 390:] = -torch.inf
+    draws = [1 - 2**-53] * 200
+    assert sample(logits, draws, temperature=1.3, **options).max() < 390
 
 
 @pytest.mark.parametrize("temperature", [1e-310, 1e-5])

@@ -46,6 +46,8 @@ def sample(
 ) -> Tensor:
     """One token a row. Given `draws` on the logits' device, nothing waits for that.
 
+    The probabilities that are kept are laid end to end, by id, and the draw falls on one of them.
+
     Args:
         logits: (rows, vocab), floating point.
         draws: a number in [0, 1) for each row, as a tensor float64; unused when temperature is 0.
@@ -60,16 +62,28 @@ def sample(
         return logits.argmax(-1)
     # float64, so that a sum over a large vocabulary still resolves the draw.
     scaled = logits.double() - logits.amax(-1, keepdim=True)  # first, so that nothing overflows
-    ordered, order = torch.sort(scaled / temperature, dim=-1, descending=True, stable=True)
-    probabilities = torch.softmax(ordered[:, :top_k], -1)
-    reached = probabilities.cumsum(-1)
-    # A token stays if those before it do not reach top_p yet; the first always does.
-    kept = reached - probabilities < top_p
-    totals = (probabilities * kept).cumsum(-1)
+    probabilities = torch.softmax(scaled / temperature, -1)
+    if top_k is not None or top_p < 1:
+        probabilities = probabilities * _kept(probabilities, top_k, top_p)
+    totals = probabilities.cumsum(-1)
     points = torch.as_tensor(draws, dtype=torch.float64, device=logits.device) * totals[:, -1]
-    chosen = torch.searchsorted(totals, points[:, None], right=True)
-    last_kept = kept.sum(-1, keepdim=True) - 1  # rounding may carry a point past the end
-    return order.gather(-1, chosen.clamp(max=last_kept).clamp(min=0)).squeeze(-1)
+    # Less than the last total, since a draw is less than 1. Of a row of NaN there is no such place.
+    chosen = torch.searchsorted(totals, points[:, None], right=True).squeeze(-1)
+    return chosen.clamp(max=logits.shape[1] - 1)
+
+
+def _kept(probabilities: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """Which of (rows, vocab) may be drawn; of equals the lowest ids."""
+    if top_k is None:  # of 32768, 3 to 7 ms on one core (Xeon at 2.5 GHz, 2026-11-23)
+        largest = probabilities.sort(-1, descending=True).values
+    else:  # 50 of them: 0.1 ms
+        largest = probabilities.topk(min(top_k, probabilities.shape[1])).values
+    # One stays if those before it do not reach top_p yet. The first always does, but for NaN.
+    reached = largest.cumsum(-1)
+    wanted = (reached - largest < top_p * reached[:, -1:]).sum(-1, keepdim=True).clamp_(min=1)
+    smallest = largest.gather(-1, wanted - 1)
+    above, equal = probabilities > smallest, probabilities == smallest
+    return above | equal & (equal.cumsum(-1) <= wanted - above.sum(-1, keepdim=True))
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
