@@ -96,7 +96,7 @@ class StepBuffer:
         tokens, logprobs = (field.tolist() for field in self._drawn)
         # What an idle row draws is nothing that the next step would have to replace.
         self._held = [
-            row if row.position < 0 else row._replace(token=token, position=row.position + 1)
+            row if row.position < 0 else Row(*row[:3], row.position + 1, token)
             for row, token in zip(self._next, tokens, strict=True)
         ]
         return tokens, logprobs
