@@ -174,6 +174,7 @@ HF_FP8 = {"quant_method": "fp8", "activation_scheme": "static"}
 BF16 = torch.bfloat16
 KINDS = {
     "awq": Kind(AWQ, awq),
+    "awq-symmetric": Kind(AWQ | {"zero_point": False}, awq, symmetric=True),
     "gptq": Kind(GPTQ, gptq),
     "gptq-act-order": Kind(GPTQ | {"desc_act": True}, gptq, act_order=True),
     "gptq-symmetric-rows": Kind(

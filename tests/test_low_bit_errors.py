@@ -158,6 +158,7 @@ def test_codes_that_are_nan(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "section", "zeros"),
     [
+        ("awq", AWQ | {"zero_point": False}, "qzeros"),
         ("gptq", GPTQ | {"sym": True}, "qzeros"),
         ("packed-zeros", compressed("pack-quantized", **GROUPS), "weight_zero_point"),
         (

@@ -38,7 +38,6 @@ CONFIGS = [
     (changed(AWQ, group_size=32.0), "group_size: expected an integer from 1"),
     (changed(AWQ, version="gemv"), "version: expected one of gemm, GEMM, got 'gemv'"),
     (changed(AWQ, version=None), "version: missing"),
-    (changed(AWQ, zero_point=False), "zero_point: expected true"),
     (changed(AWQ, zero_point=1), "zero_point: expected true or false"),
     (changed(AWQ, desc_act=True), "desc_act: awq has no act-order, got True"),
     (changed(GPTQ, bits=3), "bits: expected 4 or 8, got 3"),
@@ -47,6 +46,8 @@ CONFIGS = [
     (changed(GPTQ, checkpoint_format="marlin"), "checkpoint_format: expected one of gptq, gptq_v2"),
     (changed(GPTQ, pack_dtype="int64"), "pack_dtype: expected one of int32, got 'int64'"),
     (changed(GPTQ, desc_act="yes"), "desc_act: expected true or false"),
+    (changed(GPTQ, rotation="hadamard"), "rotation: models that rotate .* got 'hadamard'"),
+    (changed(AWQ, rotation="random"), "rotation: models that rotate .* got 'random'"),
     (changed(HF_FP8, weight_block_size=[128]), "weight_block_size: expected two integers"),
     (changed(HF_FP8, activation_scheme="odd"), "activation_scheme: expected one of static"),
     (changed(PACKED, config_groups=None), "config_groups: missing"),
@@ -111,11 +112,18 @@ def test_what_was_found_in_words():
         for name, kind in KINDS.items()
     }
     assert said["awq"] == "awq, 4 bits, groups of 32, zero points"
+    assert said["awq-symmetric"] == "awq, 4 bits, groups of 32"
     assert said["gptq-act-order"] == "gptq, 4 bits, groups of 32, zero points, act-order"
     assert said["gptq-symmetric-rows"] == "gptq, 4 bits, a scale for each row"
     assert said["int8-rows"] == "compressed-tensors, 8 bits, a scale for each row"
     assert said["fp8-blocks"] == "compressed-tensors, FP8, groups of 32"
     assert said["fp8-native"] == "fp8, FP8"
+
+
+def test_quantised_activations_are_noted():
+    for section in (GPTQ, GPTQ | {"activation": {"mlp": {"layers": [0]}}}):
+        found = read_quantisation(JsonFields({"quantization": section}))
+        assert found.note == ("activations" if "activation" in section else "")
 
 
 def test_nothing_said():

@@ -3,9 +3,9 @@
 A configuration names a method and its numbers. What a weight really is, the headers of the files
 tell (`low_bit_files`), and the two have to agree.
 
-Sources: AwqConfig, GPTQConfig and FineGrainedFP8Config in transformers 5.23; QuantizationConfig and
-QuantizationArgs in compressed-tensors 0.20; for `qformat_weight` vLLM's
-transformers_utils/configs/mistral.py.
+Sources: AwqConfig, GPTQConfig and FineGrainedFP8Config in transformers 5.23; QuantizeConfig in
+gptqmodel 7.7; QuantizationConfig and QuantizationArgs in compressed-tensors 0.20; for
+`qformat_weight` vLLM's transformers_utils/configs/mistral.py.
 """
 
 from dataclasses import dataclass
@@ -86,6 +86,7 @@ def read_quantisation(fields: JsonFields) -> Quantisation | None:
         return Quantisation("fp8", "plain", floating=True)
     readers = (_awq, _gptq, _compressed_tensors, _fp8)
     method = section.choice("quant_method", METHODS)
+    section.refuse("rotation", "models that rotate what goes into w2 are not supported")
     return readers[METHODS.index(method)](section)
 
 
@@ -101,10 +102,10 @@ def _awq(section: JsonFields) -> Quantisation:
     # Of the older form, "GEMM"; of gptqmodel's, "gemm". Other versions order the codes otherwise.
     key = "format" if "format" in section and "version" not in section else "version"
     section.choice(key, ("gemm", "GEMM"))
-    if not section.flag("zero_point", True):
-        raise section.error("zero_point", "true, as version gemm always has them")
     section.refuse("desc_act", "awq has no act-order")
-    return Quantisation("awq", "awq", bits, group_size=_group_size(section), symmetric=False)
+    # The files have zeros either way: gptqmodel says false where all of them are the middle.
+    symmetric = not section.flag("zero_point", True)
+    return Quantisation("awq", "awq", bits, group_size=_group_size(section), symmetric=symmetric)
 
 
 def _gptq(section: JsonFields) -> Quantisation:
@@ -120,6 +121,7 @@ def _gptq(section: JsonFields) -> Quantisation:
         group_size=_group_size(section),
         symmetric=section.flag("sym", True),
         act_order=section.flag("desc_act", False),
+        note="activations" if section.get("activation", None) else "",
     )
 
 
