@@ -1,27 +1,42 @@
 """The calls that benchmarks time, for those who time them in another way."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-# Files of kernels that are steps of another op.
-STEPS = ("plan", "up", "down", "combine", "rows_backward", "matrix_backward")
-STEPS_OF = {f"expert_{step}": "expert_mlp" for step in STEPS}
-STEPS_OF |= {"attention_combine": "prefill_attention"}
+# Files of kernels that are steps of other ops.
+STEPS = ("plan", "combine", "rows_backward", "matrix_backward")
+STEPS_OF = {f"expert_{step}": ("expert_mlp",) for step in STEPS}
+STEPS_OF |= dict.fromkeys(("expert_up", "expert_down"), ("expert_mlp", "expert_mlp_low_bit"))
+STEPS_OF |= {"attention_combine": ("prefill_attention",)}
+Call = tuple[Callable[..., Tensor], tuple]
 
 
-def bench_module(stem: str) -> ModuleType:
-    """The benchmark of the op that a file of kernels serves."""
-    op = STEPS_OF.get(stem, stem).removesuffix("_backward")
-    return importlib.import_module(f"benchmarks.bench_{op}")
+def bench_calls(stem: str, sizes: str, device: str) -> Iterator[tuple[str, Callable[[], Call]]]:
+    """What benchmarks time of the ops that a file of kernels serves; for a backward, gradients.
+
+    Args:
+        stem: of the file.
+        sizes: key of the benchmarks' SHAPES.
+        device: for the inputs.
+
+    Yields:
+        A case's name, and what makes its call and the bf16 inputs of that.
+    """
+    gradients = stem.endswith("_backward")
+    for op in STEPS_OF.get(stem, (stem.removesuffix("_backward"),)):
+        module = importlib.import_module(f"benchmarks.bench_{op}")
+        for case, shape in module.SHAPES[sizes].items():
+            yield case, partial(bench_call, module, shape, device, gradients)
 
 
-def bench_call(stem: str, shape: tuple, device: str) -> tuple[Callable[..., Tensor], tuple]:
-    """What that benchmark times for a shape, and its bf16 inputs; for a backward, gradients."""
-    (test,) = (run for name, run in vars(bench_module(stem)).items() if name.startswith("test_"))
+def bench_call(module: ModuleType, shape: tuple, device: str, gradients: bool) -> Call:
+    """The call of one benchmark for one shape."""
+    (test,) = (run for name, run in vars(module).items() if name.startswith("test_"))
     found = []
 
     def bench(call, make_inputs, work, peers, **how) -> dict:
@@ -30,7 +45,7 @@ def bench_call(stem: str, shape: tuple, device: str) -> tuple[Callable[..., Tens
 
     test(bench, {}, device, shape, torch.bfloat16, "triton")
     ((call, inputs),) = found
-    return (with_gradients(call) if stem.endswith("_backward") else call), inputs
+    return (with_gradients(call) if gradients else call), inputs
 
 
 def with_gradients(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -46,4 +61,5 @@ def with_gradients(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def is_float(x: object) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
+    """Whether x is a tensor of numbers that may have another dtype; to torch FP8 codes float."""
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype.itemsize > 1

@@ -2,8 +2,9 @@
 
 Candidates are the shipped configuration and its neighbours: one or two of the numbers that are free
 to move, each halved or doubled, stages one less or more. They run the calls of `bench_<op>.py` on
-its shapes for CUDA, or with their gradients for `<op>_backward`, and are timed with a cold L2. Each
-must be about as near to the shipped kernel on float32 inputs as the shipped one on bf16 inputs is
+its shapes for CUDA, or with their gradients for `<op>_backward`; the grouped products of experts
+those of both ops, with weights in full and in few bits. They are timed with a cold L2. Each must be
+about as near to the shipped kernel on float32 inputs as the shipped one on bf16 inputs is
 (mistral_kernels.tolerance). Nothing is written back: who likes a row writes it into `tile_config`,
 with GPU and date.
 
@@ -28,7 +29,7 @@ from triton.errors import TritonError
 from benchmarks import compilers
 from benchmarks.device_time import cold_l2_s
 from benchmarks.environment import environment
-from benchmarks.kernel_calls import bench_call, bench_module, is_float
+from benchmarks.kernel_calls import bench_calls, is_float
 from benchmarks.machine_code import ARCHS
 from benchmarks.tile_candidates import candidates, configured, free_numbers
 from mistral_kernels.tolerance import error, low_precision_limit
@@ -123,8 +124,8 @@ def main(argv: list[str] | None = None) -> int:
             console.print(table(f"{stem}, {options.arch}", rows, ("case", *CODE)))
             found += [{"op": stem, "arch": options.arch, **row} for row in rows]
             continue
-        for case, shape in bench_module(stem).SHAPES["cuda"].items():
-            if rows := sweep(modules[stem], *bench_call(stem, shape, "cuda")):
+        for case, make in bench_calls(stem, "cuda", "cuda"):
+            if rows := sweep(modules[stem], *make()):
                 console.print(table(f"{stem}, {case}", rows, ("us",)))
             found += [{"op": stem, "case": case, **row} for row in rows]
     if options.json:

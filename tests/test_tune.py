@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import compilers, tune
-from benchmarks.kernel_calls import bench_call, bench_module
+from benchmarks.kernel_calls import bench_calls
 from benchmarks.tile_candidates import candidates, configured, free_numbers, moved
 from mistral_kernels.kernels import rope, silu_mul
 
@@ -40,7 +40,7 @@ def test_a_module_is_configured_for_a_while():
     "stem", [stem for stem, m in compilers.triton_modules().items() if hasattr(m, "tile_config")]
 )
 def test_every_file_with_tiles_has_a_benchmark(stem):
-    assert bench_module(stem).SHAPES["cuda"]
+    assert dict(bench_calls(stem, "cuda", "cuda"))
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
@@ -90,9 +90,8 @@ def test_a_file_that_the_call_does_not_reach_has_no_rows():
 @pytest.mark.parametrize("stem", ["silu_mul", "rms_norm_backward", "expert_combine"])
 def test_candidates_of_a_real_kernel_are_right(stem):
     module = importlib.import_module(f"mistral_kernels.kernels.{stem}")
-    ((_, shape),) = list(bench_module(stem).SHAPES["tiny"].items())[:1]
-    call, inputs = bench_call(stem, shape, "cpu")
-    rows = tune.sweep(module, call, inputs, lambda run, inputs: [1e-6])
+    _, make = next(bench_calls(stem, "tiny", "cpu"))
+    rows = tune.sweep(module, *make(), lambda run, inputs: [1e-6])
     assert len(rows) > 1 and all(row["us"] == pytest.approx(1) for row in rows)
 
 
@@ -100,9 +99,28 @@ def test_candidates_of_a_real_kernel_are_right(stem):
 @pytest.mark.parametrize("stem", ["expert_up", "expert_down"])
 def test_each_product_of_a_mixture_moves_alone(stem):
     module = importlib.import_module(f"mistral_kernels.kernels.{stem}")
-    for shape in bench_module(stem).SHAPES["tiny"].values():
-        call, inputs = bench_call(stem, shape, "cpu")
+    cases = dict(bench_calls(stem, "tiny", "cpu"))
+    formats = [format for case in cases for format in ("int4", "int8", "fp8") if format in case]
+    assert len(cases) > len(formats) == 6, "both ops, each kind of codes for few and many tokens"
+    for case, shipped in (("tiny-1", 64), ("tiny-9", 64), ("tiny-int4-g128-1", 32)):
+        call, inputs = cases[case]()
         with configured(module, {"BLOCK_N": 1, "GROUP_M": -1}) as used:
             call(*inputs)
         (config,) = used
-        assert (config["BLOCK_N"], config["GROUP_M"]) == (128, 4)
+        assert (config["BLOCK_N"], config["GROUP_M"]) == (2 * shipped, 4)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("stem", "case"), [("expert_down", "tiny-int4-g128-1"), ("linear_low_bit", "tiny-fp8-1")]
+)
+def test_candidates_of_low_bit_products_are_right(stem, case, monkeypatch):
+    """One of them: in the interpreter products with codes are slow."""
+    module = importlib.import_module(f"mistral_kernels.kernels.{stem}")
+    move = {"BLOCK_N": -1, "BLOCK_K": -1}
+    monkeypatch.setattr(tune, "candidates", lambda config: [{}, move])
+    make = dict(bench_calls(stem, "tiny", "cpu"))[case]
+    rows = tune.sweep(module, *make(), lambda run, inputs: [1e-6])
+    assert [row["us"] for row in rows] == pytest.approx([1, 1])
+    ((shipped,), (moved,)) = (row["configs"] for row in rows)
+    assert all(moved[name] == shipped[name] // 2 for name in move)
