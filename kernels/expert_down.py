@@ -21,6 +21,7 @@ from mistral_kernels.kernels.low_bit_codes import (
     codegen_arguments,
     format_of,
     low_bit_arguments,
+    rows_of_tile,
     weight_bytes,
 )
 from mistral_kernels.kernels.low_bit_product import low_bit_products
@@ -176,7 +177,7 @@ def expert_down(
         splits: into how many parts each sum is cut.
     """
     (tokens, top_k), few, (arch, _) = expert_ids.shape, starts is None, processor(inner.device)
-    config = tile_config(rows, inner.dtype, arch, format_of(w2))
+    config = tile_config(rows_of_tile(rows, w2), inner.dtype, arch, format_of(w2))
     (w2, *low), flags = low_bit_arguments(w2, config["BLOCK_K"])
     (experts, hidden, _), ffn_dim = w2.shape, inner.shape[1]
     k_split = ffn_dim
@@ -220,6 +221,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
     numbers = [argument for argument in expert_down_kernel.arg_names if argument.islower()]
     for tokens, rows, dtype, (format, group_size), rare in (
         (8, 8, bf16, ("int4", 32), True),
+        (64, 32, bf16, ("int8", 32), True),
         (4096, 128, fp32, ("int4", 128), True),
         (128, 64, bf16, ("fp8", 14336), True),
         (1, 1, bf16, ("int8", 14336), True),

@@ -160,7 +160,7 @@ def tiles_for(
     keeps its operands in registers, too, columns on sm_100.
     """
     if format is not None:
-        return low_bit_tiles(rows, dtype, arch, format)
+        return low_bit_tiles(rows, dtype, arch, format, grouped=True)
     block_m = min(max(triton.next_power_of_2(rows), 16), 64 if dtype == torch.float32 else 128)
     if dtype == torch.float32:  # no tensor cores: the sums of a thread are what limits
         # 8 warps would spill on sm_100, 4 on sm_90.

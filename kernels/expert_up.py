@@ -23,6 +23,7 @@ from mistral_kernels.kernels.low_bit_codes import (
     codegen_arguments,
     format_of,
     low_bit_arguments,
+    rows_of_tile,
     weight_bytes,
 )
 from mistral_kernels.kernels.low_bit_product import low_bit_products
@@ -162,7 +163,7 @@ def expert_up(
         gate_up: gate and up in turn are wanted instead of inner.
     """
     few, (arch, _) = starts is None, processor(x.device)
-    config = tile_config(rows, x.dtype, arch, format_of(w13))
+    config = tile_config(rows_of_tile(rows, w13), x.dtype, arch, format_of(w13))
     (w13, *low), flags = low_bit_arguments(w13, config["BLOCK_K"])
     (tokens, hidden), (experts, _, columns, _), top_k = x.shape, w13.shape, expert_ids.shape[1]
     column_tiles = triton.cdiv(columns, config["BLOCK_N"] // 2)
@@ -219,6 +220,7 @@ def codegen_cases(arch: tuple[int, int]) -> list[dict]:
     numbers = [argument for argument in expert_up_kernel.arg_names if argument.islower()]
     for tokens, rows, gate_up, dtype, (format, group_size), rare in (
         (8, 8, False, bf16, ("int4", 32), True),
+        (64, 32, False, bf16, ("int8", 32), True),
         (4096, 128, False, fp32, ("int4", 128), True),
         (128, 64, False, bf16, ("fp8", 4096), True),
         (1, 1, False, bf16, ("int8", 4096), True),

@@ -8,6 +8,7 @@ from mistral_kernels.kernels.processor import shared_bytes
 
 FORMATS = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
+FEW_ROWS = 32  # of a tile that has registers for anything
 
 
 class Codes(NamedTuple):
@@ -68,8 +69,14 @@ def low_bit_arguments(weight: torch.Tensor | Codes, block_k: int) -> tuple[tuple
     return (weight, None, None, None, None), {"FORMAT": None, "SPAN": 0}
 
 
+def rows_of_tile(rows: int, weight: torch.Tensor | Codes) -> int:
+    """For how many of `rows` rows a tile is chosen; with a gather each number has an address."""
+    gathered = isinstance(weight, Codes) and weight.perm is not None
+    return min(rows, FEW_ROWS) if gathered else rows
+
+
 def low_bit_tiles(
-    rows: int, dtype: torch.dtype, arch: tuple[int, int], format: str
+    rows: int, dtype: torch.dtype, arch: tuple[int, int], format: str, grouped: bool = False
 ) -> dict[str, int]:
     """Tiles for about `rows` rows at a time, on compute capability `arch`; not measured.
 
@@ -80,28 +87,33 @@ def low_bit_tiles(
     multiplies them (sm_90: 8.6 / 7.3), 64 elsewhere (sm_80: 9.0 for int8; with four warps, each of
     which unpacks what another one does, 22). On sm_100 no tile has 64 rows: Triton 3.7 makes a trap
     of tcgen05's eight products.
+
+    grouped: for the experts' kernels, which hold more. Of 32 rows four warps would spill where
+    there are zeros, eight take 9.6; of 64 rows eight would on sm_120. On sm_100 four stages would,
+    and 64 weight rows of float32.
     """
+    ten = arch[0] == 10
     if dtype == torch.float32:  # no tensor cores: the sums of a thread are what limits
-        block_m, block_n = (16, 32) if rows <= 16 else (32, 64)
+        block_m, block_n = (16, 32) if rows <= 16 else (32, 32 if ten else 64)
         block_k, num_warps = 128, 8
     elif rows <= 16:
         block_m, block_n, block_k, num_warps = 16, 32, 1024 // BITS[format], 2
-    elif rows <= 32 or arch[0] == 10:
-        block_m, block_n, block_k, num_warps = 32, 128, 128, 4
+    elif rows <= FEW_ROWS or ten or (grouped and arch[0] == 12):
+        block_m, block_n, block_k, num_warps = FEW_ROWS, 128, 128, 8 if grouped else 4
     elif arch[0] == 9:
         block_m, num_warps = (64, 4) if rows <= 64 else (128, 8)
         block_n, block_k = 128, 128
     else:
         block_m, block_n, block_k, num_warps = 64, 128, 128, 8
     stage = block_k * (block_m * dtype.itemsize + block_n * BITS[format] // 8)
+    room = shared_bytes(arch) // 2 // stage  # two programs of a multiprocessor share its memory
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
         "GROUP_M": 8,
         "num_warps": num_warps,
-        # Two programs of a multiprocessor share its memory.
-        "num_stages": max(2, min(4, shared_bytes(arch) // 2 // stage)),
+        "num_stages": max(2, min(3 if ten else 4, room)),
     }
 
 

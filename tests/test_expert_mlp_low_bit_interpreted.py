@@ -62,6 +62,26 @@ def test_few_tokens_cut_the_down_projection(kernel):
     check(expert_mlp_low_bit(**call, backend="triton"), call)
 
 
+@pytest.mark.parametrize(("name", "rows"), [("int4", 32), ("fp8", 64)])
+def test_a_gather_keeps_to_few_rows(name, rows, kernel, monkeypatch):
+    """An address for each number of x spills where a tile has more rows (codegen: sm_90)."""
+    from mistral_kernels.kernels import expert_down, expert_up
+
+    small, asked = expert_up.tile_config, []
+
+    def tile_config(rows, *arguments) -> dict[str, int]:
+        asked.append(rows)
+        return small(4, *arguments)
+
+    for step in (expert_up, expert_down):
+        monkeypatch.setattr(step, "tile_config", tile_config)
+    monkeypatch.setattr(kernel, "expert_rows", lambda *_: 64)
+    monkeypatch.setattr(kernel, "FEW_TOKENS", 0)
+    call = make_call((2, 48, 48, 2, 1), KINDS[name])
+    check(expert_mlp_low_bit(**call, backend="triton"), call)
+    assert asked == [rows, rows]
+
+
 def test_many_tokens_are_worked_in_chunks(kernel, monkeypatch):
     monkeypatch.setattr(MODULE, "WORKSPACE_BYTES", 1)  # room for less than a token
     call = make_call((3, 48, 48, 2, 1), KINDS["fp8"])
