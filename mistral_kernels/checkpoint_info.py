@@ -231,6 +231,8 @@ def working_bytes(
 ) -> int:
     """About the bytes that a step takes besides weights and cache, while it reads prompts.
 
+    With the rotary tables, which come to count where a context is absurdly long.
+
     Args:
         config, dtype: of the model.
         backends: op -> the backend that serves it.
@@ -238,7 +240,10 @@ def working_bytes(
         context: tokens of a sequence after it.
         batch: sequences, each of which gets logits.
     """
-    found = tokens * token_bytes(config, dtype)
+    # A sine and a cosine for each pair, made of three tables in float64.
+    pairs = context * config.head_dim // 2
+    found = pairs * (2 * torch.float32.itemsize + 3 * torch.float64.itemsize)
+    found += tokens * token_bytes(config, dtype)
     if backends["prefill_attention"] == "reference":
         # Scores of a block of queries: as they come, shifted, and their exponentials.
         keys = min(context, max(w or context for w in config.windows) + QUERY_BLOCK)

@@ -157,9 +157,10 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
     model = ("--model", "mistral-7b-v0.1", "--random-weights")
     ended = refused(*model, "--weights", "int8")
     assert_refused(
-        ended, "cpu has 1.00 GiB of memory free", "7.14 GiB are needed (weights 6.99 GiB", "cache"
+        ended, "cpu has 1.00 GiB of memory free", "7.15 GiB are needed (weights 6.99 GiB", "cache"
     )
     assert_refused(refused("--batch", 20_000), "weights 4.63 MiB", "cache", "working")
+    assert_refused(refused("--prompt", 99_999_999), "working 47.7 GiB")
 
 
 def test_layers_cut_the_windows_too():
