@@ -86,11 +86,11 @@ def low_bit_tiles(
     rows: as many as one unpacking may serve before the sums spill, 128 where a warp group
     multiplies them (sm_90: 8.6 / 7.3), 64 elsewhere (sm_80: 9.0 for int8; with four warps, each of
     which unpacks what another one does, 22). On sm_100 no tile has 64 rows: Triton 3.7 makes a trap
-    of tcgen05's eight products.
+    of tcgen05's eight products; the experts' kernels would spill with four stages there, and with
+    64 weight rows of float32, so that `linear_low_bit` does without them, too.
 
     grouped: for the experts' kernels, which hold more. Of 32 rows four warps would spill where
-    there are zeros, eight take 9.6; of 64 rows eight would on sm_120. On sm_100 four stages would,
-    and 64 weight rows of float32.
+    there are zeros, eight take 9.6; of 64 rows eight would on sm_120.
     """
     ten = arch[0] == 10
     if dtype == torch.float32:  # no tensor cores: the sums of a thread are what limits
