@@ -12,9 +12,10 @@
 // neighbours in the batch, nor on where in the ring a position lies.
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
-#include "cpu/buffer.h"
 #include "cpu/dispatch.h"
+#include "cpu/dot.h"
 #include "cpu/ring.h"
 #include "cpu/rotate.h"
 #include "launchers.h"
@@ -23,20 +24,51 @@ namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH {
 namespace {
 
 constexpr int64_t kSplit = 256;                   // positions
-constexpr int64_t kTile = 32;                     // keys that go round the heads while in L1
-constexpr int kHeads = kRegisters == 32 ? 4 : 2;  // heads of a group in registers
-constexpr int kKeys = kLanes / kHeads;            // so that one sum_each ends all dot products
-constexpr int kVectors = 4;                       // of a value row in registers
-constexpr int64_t kAhead = 16;  // keys between a row in use and the one being fetched
+constexpr int64_t kTile = 32;                         // keys that go round the heads while in L1
+constexpr int kMostHeads = kRegisters == 32 ? 4 : 2;  // of a group, in registers
+constexpr int kVectors = 4;                           // of a value row in registers
+// Keys between a row in use and the one being fetched.
+template <typename Cache>
+constexpr int64_t kAhead = 64 / sizeof(Cache);
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Heads of a group that go through a split together: code exists for these numbers.
+inline int heads_at_once(int64_t group) { return group <= 2 ? static_cast<int>(group) : kMostHeads; }
+
+// Calls run with heads_at_once(group) as a constant.
+template <typename Run>
+inline void with_heads(int64_t group, Run&& run) {
+  switch (heads_at_once(group)) {
+    case 1:
+      return run(std::integral_constant<int, 1>{});
+    case 2:
+      return run(std::integral_constant<int, 2>{});
+    default:
+      return run(std::integral_constant<int, kMostHeads>{});
+  }
+}
+
+// How the elements of a key are read and multiplied with those of a query.
+template <typename T, typename Cache>
+struct Products {
+  using Query = Widened<T>;
+  using Key = Widened<Cache>;
+};
+template <typename T>
+struct Products<T, T> {
+  using Query = Fastest<T>;
+  using Key = Fastest<T>;
+};
 
 // Sizes of the arrays of one kv head, padded so that loops see whole vectors and blocks of heads.
 struct Layout {
+  int64_t heads;  // of the group, worked together
   int64_t group;
   int64_t width;  // of a row of head_dim elements
 
   explicit Layout(const DecodeAttention& args)
-      : group(round_up(args.q_heads / args.kv_heads, kHeads)),
+      : heads(heads_at_once(args.q_heads / args.kv_heads)),
+        group(round_up(args.q_heads / args.kv_heads, heads)),
         width(round_up(args.head_dim, kLanes)) {}
 
   int64_t partial_floats() const { return round_up(group * (width + 2), kLanes); }
@@ -57,7 +89,7 @@ struct Partial {
 
 // What one thread works with.
 struct Scratch {
-  float* q;       // (group / kHeads, width / kLanes, kHeads, kLanes), times all factors
+  float* q;       // (group / heads, vectors of head_dim elements, heads, kLanes)
   float* scores;  // (group, kSplit), then the weights
   float* row;     // (width,), one rotated query or key
 
@@ -84,36 +116,36 @@ struct Span {
 
 // ---- The new token.
 
-// Writes x to `to`, turned by the angles of its position unless it is already.
-template <typename T, typename To>
-void rotate_new(const DecodeAttention& args, int64_t position, const T* x, To* to) {
+// Writes x to `to`, turned by the angles of its position unless it is already, times `factor`, as
+// the rope op would.
+template <typename T>
+void rotate_new(const DecodeAttention& args, int64_t position, const T* x, float factor, T* to) {
   if (args.cos != nullptr) {
     rotate(x, to, args.cos + position * args.stride_cos, args.sin + position * args.stride_sin,
-           args.head_dim, args.interleaved, 1.0f);
+           args.head_dim, args.interleaved, factor);
   } else {
-    for_vectors(args.head_dim,
-                [&](int64_t i, int64_t count) { store(to + i, load(x + i, count), count); });
+    std::memcpy(to, x, args.head_dim * sizeof(T));
   }
 }
 
-// The group's queries in float, vectors of kHeads heads side by side as score_keys reads them. What
+// The group's queries, vectors of layout.heads heads side by side as score_keys reads them. What
 // pads heads and rows is 0.
-template <typename T>
+template <typename Query, typename T>
 void prepare_queries(const DecodeAttention& args, const Layout& layout, int64_t sequence,
                      int64_t head, const Scratch& scratch) {
   const int64_t position = args.positions[sequence];
   const int64_t group = args.q_heads / args.kv_heads;
-  float factor = args.scale * kLog2E * scale_of(args.ring.k, head);
-  if (args.q_scale != nullptr) factor *= args.q_scale[position];
+  const float factor = args.q_scale == nullptr ? 1.0f : args.q_scale[position];
+  T* rotated = reinterpret_cast<T*>(scratch.row);
   std::memset(scratch.q, 0, layout.group * layout.width * sizeof(float));
   for (int64_t g = 0; g < group; ++g) {
     const T* from = static_cast<const T*>(args.q.data) + sequence * args.q.stride_token +
                     (head * group + g) * args.q.stride_head;
-    rotate_new(args, position, from, scratch.row);
-    float* to = scratch.q + (g - g % kHeads) * layout.width + g % kHeads * kLanes;
-    for_vectors(args.head_dim, [&](int64_t i, int64_t count) {
-      store(to + i * kHeads, load(scratch.row + i, count) * factor);
-    });
+    rotate_new(args, position, from, factor, rotated);
+    float* to = scratch.q + (g - g % layout.heads) * layout.width + g % layout.heads * kLanes;
+    for (int64_t i = 0; i < args.head_dim; i += Query::kStep, to += layout.heads * kLanes) {
+      store(to, Query::read(rotated + i, args.head_dim - i));
+    }
   }
 }
 
@@ -135,44 +167,52 @@ void write_new(const DecodeAttention& args, int64_t sequence, int64_t head, floa
            head * rows.stride_head;
   };
   T* rotated = reinterpret_cast<T*>(scratch);
-  rotate_new(args, args.positions[sequence], row(args.k), rotated);
+  rotate_new(args, args.positions[sequence], row(args.k), 1.0f, rotated);
   write_new<T, Cache>(args, args.ring.k, sequence, head, rotated);
   write_new<T, Cache>(args, args.ring.v, sequence, head, row(args.v));
 }
 
 // ---- Attention over the keys of one split.
 
+template <typename Cache>
+constexpr int64_t kLineElements = 64 / sizeof(Cache);  // of a cache line
+
 // Fetches the cache line that begins at element `i` of a row, where one does.
 template <typename Cache>
 inline void fetch(const Cache* row, int64_t i) {
-  if (i % static_cast<int64_t>(64 / sizeof(Cache)) == 0) __builtin_prefetch(row + i);
+  if (i % kLineElements<Cache> == 0) __builtin_prefetch(row + i);
 }
 
-// scores[head][key] = q[head] . rows[key] of kHeads heads and kKeys keys. The loop keeps its sums
-// in registers only without a short load in it, which is a call: rows of whole vectors have their
-// own.
-template <bool kWhole, typename Cache>
-void score_keys(const float* q, const Cache* const* rows, int64_t head_dim, float* scores) {
-  const Cache *from[kKeys], *ahead[kKeys];
-  for (int key = 0; key < kKeys; ++key) {
-    from[key] = rows[key];
-    ahead[key] = rows[key + kAhead];
+// Fetches the first rows, which no row before them fetches.
+template <typename Cache>
+inline void fetch_first(const Cache* const* rows, int64_t count, int64_t head_dim) {
+  for (int64_t row = 0; row < std::min(count, kAhead<Cache>); ++row) {
+    for (int64_t i = 0; i < head_dim; i += kLineElements<Cache>) fetch(rows[row], i);
   }
+}
+
+// scores[head][key] = factor * q[head] . rows[key] of kHeads heads and so many keys that one sum_each
+// ends all products. The loop keeps its sums in registers only without a short read in it, which is
+// a call: rows of whole vectors have their own.
+template <typename Key, int kHeads, bool kWhole, typename Cache>
+void score_keys(const float* q, const Cache* const* rows, int64_t head_dim, float factor,
+                float* scores) {
+  constexpr int kKeys = kLanes / kHeads;
   if (head_dim < 1) __builtin_unreachable();  // else the sums would start in memory
   Floats sums[kLanes] = {};
-  for (int64_t i = 0; i < head_dim; i += kLanes) {
-    Floats keys[kKeys];
+  for (int64_t i = 0; i < head_dim; i += Key::kStep, q += kHeads * kLanes) {
+    Floats queries[kHeads];
+    for (int head = 0; head < kHeads; ++head) queries[head] = load(q + head * kLanes);
     for (int key = 0; key < kKeys; ++key) {
-      const int64_t count = kWhole ? kLanes : head_dim - i;
-      keys[key] = load(from[key] + i, count);
-      fetch(ahead[key], i);
-    }
-    for (int head = 0; head < kHeads; ++head) {
-      const Floats query = load(q + i * kHeads + head * kLanes);
-      for (int key = 0; key < kKeys; ++key) sums[head * kKeys + key] += query * keys[key];
+      const Floats value = Key::read(rows[key] + i, kWhole ? Key::kStep : head_dim - i);
+      fetch(rows[key + kAhead<Cache>], i);
+      for (int head = 0; head < kHeads; ++head) {
+        Floats& sum = sums[head * kKeys + key];
+        sum = Key::add(sum, value, queries[head]);
+      }
     }
   }
-  const Floats products = sum_each(sums);
+  const Floats products = sum_each(sums) * factor;
   for (int head = 0; head < kHeads; ++head) {
     for (int key = 0; key < kKeys; ++key) {
       scores[head * kSplit + key] = products[head * kKeys + key];
@@ -186,8 +226,7 @@ void weigh(float* scores, int64_t keys, float* largest, float* total) {
   for (int64_t key = keys; key < padded; ++key) scores[key] = -kInfinity;
   Floats tops = broadcast(-kInfinity);
   for (int64_t key = 0; key < padded; key += kLanes) tops = larger(load(scores + key), tops);
-  float top = -kInfinity;
-  for (int lane = 0; lane < kLanes; ++lane) top = std::max(top, tops[lane]);
+  const float top = largest_of(tops);
   const float base = top == -kInfinity ? 0.0f : top;  // -inf - -inf would be NaN
   Floats sums = {};
   for (int64_t key = 0; key < padded; key += kLanes) {
@@ -201,7 +240,7 @@ void weigh(float* scores, int64_t keys, float* largest, float* total) {
 
 // sums[head] += weights[head][key] * rows[key] over all keys, for kHeads heads and the kCount
 // vectors from column `first` on. A vector that stands alone may be short.
-template <int kCount, typename Cache>
+template <int kHeads, int kCount, typename Cache>
 void add_values(const float* weights, const Cache* const* rows, int64_t keys, int64_t first,
                 int64_t count, float* sums, int64_t width) {
   Floats sum[kHeads][kCount];
@@ -210,7 +249,7 @@ void add_values(const float* weights, const Cache* const* rows, int64_t keys, in
   }
   for (int64_t key = 0; key < keys; ++key) {
     const Cache* row = rows[key] + first;
-    const Cache* ahead = rows[key + kAhead] + first;
+    const Cache* ahead = rows[key + kAhead<Cache>] + first;
     for (int i = 0; i < kCount; ++i) {
       const Floats value = kCount == 1 ? load(row, count) : load(row + i * kLanes);
       fetch(ahead, i * kLanes);
@@ -224,21 +263,23 @@ void add_values(const float* weights, const Cache* const* rows, int64_t keys, in
   }
 }
 
-// Attends the `keys` rows of k and v with all heads of the group. `k` is padded to whole kKeys.
-template <typename Cache>
-__attribute__((noinline)) void attend(const Layout& layout, int64_t head_dim, const Cache** k,
-                                      const Cache* const* v, int64_t keys, const Scratch& scratch,
-                                      const Partial& partial) {
+// Attends the `keys` rows of k and v with all heads of the group, whose queries are multiplied with
+// `factor`. `k` is padded to whole vectors.
+template <typename Key, int kHeads, typename Cache>
+__attribute__((noinline)) void attend(const Layout& layout, int64_t head_dim, float factor,
+                                      const Cache* const* k, const Cache* const* v, int64_t keys,
+                                      const Scratch& scratch, const Partial& partial) {
+  const bool whole = head_dim % Key::kStep == 0;
   for (int64_t tile = 0; tile < keys; tile += kTile) {
     const int64_t end = std::min(keys, tile + kTile);
     for (int64_t head = 0; head < layout.group; head += kHeads) {
-      for (int64_t key = tile; key < end; key += kKeys) {
+      for (int64_t key = tile; key < end; key += kLanes / kHeads) {
         const float* q = scratch.q + head * layout.width;
         float* scores = scratch.scores + head * kSplit + key;
-        if (layout.width == head_dim) {
-          score_keys<true>(q, k + key, head_dim, scores);
+        if (whole) {
+          score_keys<Key, kHeads, true>(q, k + key, head_dim, factor, scores);
         } else {
-          score_keys<false>(q, k + key, head_dim, scores);
+          score_keys<Key, kHeads, false>(q, k + key, head_dim, factor, scores);
         }
       }
     }
@@ -254,10 +295,10 @@ __attribute__((noinline)) void attend(const Layout& layout, int64_t head_dim, co
       float* sums = partial.values + head * layout.width;
       int64_t i = 0;
       for (; i + kVectors * kLanes <= head_dim; i += kVectors * kLanes) {
-        add_values<kVectors>(weights, v + tile, count, i, kLanes, sums, layout.width);
+        add_values<kHeads, kVectors>(weights, v + tile, count, i, kLanes, sums, layout.width);
       }
       for (; i < head_dim; i += kLanes) {
-        add_values<1>(weights, v + tile, count, i, head_dim - i, sums, layout.width);
+        add_values<kHeads, 1>(weights, v + tile, count, i, head_dim - i, sums, layout.width);
       }
     }
   }
@@ -283,18 +324,24 @@ void work_split(const DecodeAttention& args, const Layout& layout, int64_t seque
     write_new<T, Cache>(args, sequence, head, scratch.row);
   }
   const int64_t keys = std::max(int64_t{0}, end - first);
-  // Rows of k up to whole kKeys, rows of v, and kAhead more for those who fetch ahead.
-  const Cache* rows[2 * kSplit + kKeys + kAhead];
+  // Rows of k up to a whole vector of scores, rows of v, and more for those who fetch ahead.
+  const Cache* rows[2 * kSplit + kLanes + kAhead<Cache>];
   const Cache** k = rows;
-  const Cache** v = k + round_up(keys, kKeys);
+  const Cache** v = k + round_up(keys, kLanes);
   if (keys > 0) {
     find_rows(args.ring, args.ring.k, sequence, head, first, end, k);
     find_rows(args.ring, args.ring.v, sequence, head, first, end, v);
     std::fill(k + keys, v, k[keys - 1]);
-    std::fill_n(v + keys, kAhead, v[keys - 1]);
+    std::fill_n(v + keys, kAhead<Cache>, v[keys - 1]);
   }
-  prepare_queries<T>(args, layout, sequence, head, scratch);
-  attend(layout, args.head_dim, k, v, keys, scratch, partial);
+  fetch_first(k, keys, args.head_dim);
+  using Product = Products<T, Cache>;
+  prepare_queries<typename Product::Query, T>(args, layout, sequence, head, scratch);
+  const float factor = args.scale * kLog2E * scale_of(args.ring.k, head);
+  with_heads(layout.heads, [&](auto heads) {
+    attend<typename Product::Key, heads>(layout, args.head_dim, factor, k, v, keys, scratch,
+                                         partial);
+  });
 }
 
 // ---- All splits together.

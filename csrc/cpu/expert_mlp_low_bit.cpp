@@ -63,10 +63,11 @@ class LowBitExperts {
 
 void expert_mlp_low_bit(const ExpertMlpLowBit& args, int threads) {
   const bool zeros = args.w13.zeros != nullptr || args.w2.zeros != nullptr;
-  with_format(args.w13.codes, zeros, [&](auto format) {
-    const LowBitExperts<decltype(format)> experts(args);
-    with_dtype(args.dtype,
-               [&](auto element) { run_experts<decltype(element)>(experts, args, threads); });
+  with_dtype(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    with_format<T>(args.w13.codes, zeros, [&](auto format) {
+      run_experts<T>(LowBitExperts<decltype(format)>(args), args, threads);
+    });
   });
 }
 

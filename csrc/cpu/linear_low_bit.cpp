@@ -114,9 +114,10 @@ void dequantise_rows(const Dequantise& args, int64_t middle, int threads) {
 }  // namespace
 
 void linear_low_bit(const LinearLowBit& args, int threads) {
-  with_format(args.weight.codes, args.weight.zeros != nullptr, [&](auto format) {
-    with_dtype(args.dtype,
-               [&](auto element) { multiply<decltype(format), decltype(element)>(args, threads); });
+  with_dtype(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    with_format<T>(args.weight.codes, args.weight.zeros != nullptr,
+                   [&](auto format) { multiply<decltype(format), T>(args, threads); });
   });
 }
 

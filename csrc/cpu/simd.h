@@ -233,6 +233,12 @@ inline float sum(Floats value) {
   return value[0];
 }
 
+// The largest of all lanes, none of which is NaN.
+inline float largest_of(Floats value) {
+  for (int left = kLanes; left > 1; left /= 2) value = larger(evens(value, value), odds(value, value));
+  return value[0];
+}
+
 // ---- Functions.
 
 // 2^x for x in [-0.5, 0.5].

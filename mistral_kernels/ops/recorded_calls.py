@@ -81,6 +81,8 @@ class _Recorder:
 
     def __getattr__(self, name: str):
         function = getattr(self._core, name)
+        if not name.endswith("_cpu"):  # no kernel, but what the machine or the build has
+            return function
 
         def call(*arguments):
             self._calls.append(partial(function, *arguments))
