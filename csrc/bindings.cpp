@@ -3,12 +3,14 @@
 // Pointers and streams arrive as integers (Tensor.data_ptr(), Stream.cuda_stream), strides in
 // elements, dtypes as Dtype's values. Nothing is checked here: the ops in Python do that. CPU
 // functions take two more integers at the end, threads and an index of instruction_sets(), CUDA
-// functions device and stream.
+// functions device and stream. Those of `later` take what the CPU functions take and make no call:
+// they return it, to be made as often as wanted.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -57,17 +59,43 @@ std::vector<std::string> instruction_sets() {
 template <typename Args>
 using CpuLauncher = void (*)(const Args& args, int threads);
 
-// A Python function that takes what `pack` takes, then threads and an index of instruction_sets().
+// A call whose integers have been taken from Python.
+struct Call {
+  std::string op;
+  std::function<void()> make;
+};
+
+struct Calls {
+  std::vector<Call> calls;
+
+  void make() const {
+    for (const Call& call : calls) call.make();
+  }
+};
+
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+// Defines a Python function that takes what `pack` takes, then threads and an index of
+// instruction_sets(), and its namesake in `later`.
 template <typename Args, typename... Fields>
-auto on_cpu(Args (*pack)(Fields...), std::vector<CpuLauncher<Args>> launchers) {
+void on_cpu(py::module_& m, py::module_& later, const char* name, Args (*pack)(Fields...),
+            std::vector<CpuLauncher<Args>> launchers) {
   launchers.resize(instruction_sets().size());
-  return [pack, launchers](Fields... fields, int threads, size_t path) {
-    launchers.at(path)(pack(fields...), threads);
-  };
+  m.def(
+      name,
+      [pack, launchers](Fields... fields, int threads, size_t path) {
+        launchers.at(path)(pack(fields...), threads);
+      },
+      NoGil());
+  later.def(name, [name, pack, launchers](Fields... fields, int threads, size_t path) {
+    return Call{name, [args = pack(fields...), launch = launchers.at(path), threads] {
+                  launch(args, threads);
+                }};
+  });
 }
 #define MISTRAL_KERNELS_LAUNCHER(path, op) cpu::path::op,
 #define MISTRAL_KERNELS_ON_CPU(op) \
-  on_cpu(&op##_args, {MISTRAL_KERNELS_PATHS(MISTRAL_KERNELS_LAUNCHER, op)})
+  on_cpu(m, later, #op "_cpu", &op##_args, {MISTRAL_KERNELS_PATHS(MISTRAL_KERNELS_LAUNCHER, op)})
 
 #ifdef MISTRAL_KERNELS_CUDA
 // A Python function that takes what `pack` takes, then device and stream.
@@ -298,34 +326,38 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  const py::call_guard<py::gil_scoped_release> no_gil;
   m.doc() = "C++ and CUDA kernels of mistral_kernels on raw pointers; import torch first.";
   m.def("build_info", &build_info, "What this extension was built with; None where not built.");
   m.def("instruction_sets", &instruction_sets, "What this machine runs of what was built.");
-  m.def("rms_norm_cpu", MISTRAL_KERNELS_ON_CPU(rms_norm), no_gil);
-  m.def("rope_cpu", MISTRAL_KERNELS_ON_CPU(rope), no_gil);
-  m.def("store_kv_cpu", MISTRAL_KERNELS_ON_CPU(store_kv), no_gil);
-  m.def("prefill_attention_cpu", MISTRAL_KERNELS_ON_CPU(prefill_attention), no_gil);
-  m.def("decode_attention_cpu", MISTRAL_KERNELS_ON_CPU(decode_attention), no_gil);
-  m.def("route_experts_cpu", MISTRAL_KERNELS_ON_CPU(route_experts), no_gil);
-  m.def("expert_mlp_cpu", MISTRAL_KERNELS_ON_CPU(expert_mlp), no_gil);
-  m.def("silu_mul_cpu", MISTRAL_KERNELS_ON_CPU(silu_mul), no_gil);
-  m.def("linear_cpu", MISTRAL_KERNELS_ON_CPU(linear), no_gil);
-  m.def("linear_low_bit_cpu", MISTRAL_KERNELS_ON_CPU(linear_low_bit), no_gil);
-  m.def("expert_mlp_low_bit_cpu", MISTRAL_KERNELS_ON_CPU(expert_mlp_low_bit), no_gil);
-  m.def("dequantise_cpu", MISTRAL_KERNELS_ON_CPU(dequantise), no_gil);
+  py::class_<Call>(m, "Call").def_readonly("op", &Call::op);
+  py::class_<Calls>(m, "Calls", "Calls that are made one after another.")
+      .def(py::init<std::vector<Call>>())
+      .def("make", &Calls::make, NoGil());
+  py::module_ later = m.def_submodule("later", "The CPU functions; they return a Call.");
+  MISTRAL_KERNELS_ON_CPU(rms_norm);
+  MISTRAL_KERNELS_ON_CPU(rope);
+  MISTRAL_KERNELS_ON_CPU(store_kv);
+  MISTRAL_KERNELS_ON_CPU(prefill_attention);
+  MISTRAL_KERNELS_ON_CPU(decode_attention);
+  MISTRAL_KERNELS_ON_CPU(route_experts);
+  MISTRAL_KERNELS_ON_CPU(expert_mlp);
+  MISTRAL_KERNELS_ON_CPU(silu_mul);
+  MISTRAL_KERNELS_ON_CPU(linear);
+  MISTRAL_KERNELS_ON_CPU(linear_low_bit);
+  MISTRAL_KERNELS_ON_CPU(expert_mlp_low_bit);
+  MISTRAL_KERNELS_ON_CPU(dequantise);
 #ifdef MISTRAL_KERNELS_CUDA
   m.def("cuda_versions", &cuda_versions, "(driver, runtime), 13000 for 13.0; driver 0 if absent.");
-  m.def("rms_norm_cuda", on_cuda(&rms_norm_args, &cuda::rms_norm), no_gil);
-  m.def("decode_attention_cuda", on_cuda(&decode_attention_args, &cuda::decode_attention), no_gil);
-  m.def("rope_cuda", on_cuda(&rope_args, &cuda::rope), no_gil);
-  m.def("store_kv_cuda", on_cuda(&store_kv_args, &cuda::store_kv), no_gil);
-  m.def("route_experts_cuda", on_cuda(&route_experts_args, &cuda::route_experts), no_gil);
-  m.def("silu_mul_cuda", on_cuda(&silu_mul_args, &cuda::silu_mul), no_gil);
-  m.def("expert_mlp_cuda", on_cuda(&expert_mlp_args, &cuda::expert_mlp), no_gil);
-  m.def("linear_low_bit_cuda", on_cuda(&linear_low_bit_args, &cuda::linear_low_bit), no_gil);
+  m.def("rms_norm_cuda", on_cuda(&rms_norm_args, &cuda::rms_norm), NoGil());
+  m.def("decode_attention_cuda", on_cuda(&decode_attention_args, &cuda::decode_attention), NoGil());
+  m.def("rope_cuda", on_cuda(&rope_args, &cuda::rope), NoGil());
+  m.def("store_kv_cuda", on_cuda(&store_kv_args, &cuda::store_kv), NoGil());
+  m.def("route_experts_cuda", on_cuda(&route_experts_args, &cuda::route_experts), NoGil());
+  m.def("silu_mul_cuda", on_cuda(&silu_mul_args, &cuda::silu_mul), NoGil());
+  m.def("expert_mlp_cuda", on_cuda(&expert_mlp_args, &cuda::expert_mlp), NoGil());
+  m.def("linear_low_bit_cuda", on_cuda(&linear_low_bit_args, &cuda::linear_low_bit), NoGil());
   m.def("expert_mlp_low_bit_cuda", on_cuda(&expert_mlp_low_bit_args, &cuda::expert_mlp_low_bit),
-        no_gil);
+        NoGil());
 #endif
 }
 

@@ -144,9 +144,10 @@ void dot_rows(const float* x, const Weight& weight, int64_t in, Floats* out) {
   // So many rows of the weight are streamed at once: the accumulators fit the registers.
   constexpr int kStreams = std::min(std::min(kLanes, 8), kRegisters / 2 / kRows);
   constexpr int kLine = Product::kLine;
-  // Bytes of a row that are fetched ahead: the hardware stops at its end. Of 256, 512, 1024 and 2048
-  // these are the best for weights of 512 to 3584 columns on one core of an EPYC (Zen 5), where 512
-  // instead of 1024 takes 1.1 times as long with codes, and 1.4 with those of small experts.
+  // Bytes of a row that are fetched ahead: the hardware stops at its end. Of 256, 512, 1024 and
+  // 2048 these are the best for weights of 512 to 3584 columns on one core of an EPYC (Zen 5),
+  // where 512 instead of 1024 takes 1.1 times as long with codes, and 1.4 with those of small
+  // experts.
   constexpr int64_t kAhead = (sizeof(Element) == 1 ? 1024 : 512) / sizeof(Element) * kCodes;
   // All weight rows meet 16 KB of x before the next columns, so that these stay in L1.
   constexpr int64_t kPanel = 4096 / kRows;

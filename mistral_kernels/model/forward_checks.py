@@ -38,7 +38,8 @@ def check_inputs(
         )
     # On a GPU this would wait for the device; `generate` checks prompts while they are lists.
     if input_ids.device.type == "cpu" and len(input_ids):
-        low, high = map(int, input_ids.aminmax())
+        ids = input_ids.tolist()
+        low, high = min(ids), max(ids)
         if low < 0 or high >= model.config.vocab:
             raise ValueError(
                 f"forward: input_ids must be in [0, {model.config.vocab}),"

@@ -103,8 +103,14 @@ def plan_step(
 
 
 def _one_copy(fields: dict[str, list[int]], device: torch.device) -> dict[str, Tensor]:
+    if device.type == "cpu":  # nothing is copied
+        return {
+            name: torch.tensor(values, dtype=torch.int32, device=device)
+            for name, values in fields.items()
+        }
     values = [value for field in fields.values() for value in field]
-    pinned = device.type == "cuda"
-    on_host = torch.tensor(values, dtype=torch.int32, device="cpu", pin_memory=pinned)
+    on_host = torch.tensor(
+        values, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda"
+    )
     pieces = on_host.to(device, non_blocking=True).split([len(field) for field in fields.values()])
     return dict(zip(fields, pieces, strict=True))

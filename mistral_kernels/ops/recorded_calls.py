@@ -14,8 +14,9 @@ Numbers and sizes stay what they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class RecordedCalls:
 
     Attributes:
         result: what the function returned; `replay` writes it anew.
-        calls: what was recorded.
+        calls: what was recorded, of the core or of torch.
 
     Raises:
         NotRecordableError: it asked torch for something else; it may have been run in part. Or
@@ -56,12 +57,13 @@ class RecordedCalls:
     def __init__(self, function: Callable[[], Any]):
         if reason := dispatch.unavailable("cpu"):
             raise NotRecordableError(reason)
-        self.calls: list[partial] = []
+        self.calls: list[Any] = []
         self._threads = torch.get_num_threads()
         core = _Recorder(dispatch.native_extension(), self.calls)
         with _Watch(self.calls) as watch, dispatch.native_extension_as(core):
             self.result = function()
         self._tensors = watch.tensors  # the calls hold addresses: the memory has to stay
+        self._runs = [*_joined(self.calls)]
 
     def current(self) -> bool:
         """Whether new calls would be the same: each says on how many threads it runs."""
@@ -69,23 +71,34 @@ class RecordedCalls:
 
     def replay(self) -> None:
         """Makes the calls again, on what the same memory holds now."""
-        for call in self.calls:
-            call()
+        for run in self._runs:
+            run()
+
+
+def _joined(calls: list[Any]) -> Iterator[Callable[[], Any]]:
+    """What makes all calls; those of the core that follow each other are made without Python."""
+    core = dispatch.native_extension()
+    for kind, group in groupby(calls, type):
+        if kind is core.Call:
+            yield core.Calls([*group]).make
+        else:
+            yield from group
 
 
 class _Recorder:
     """Stands for the core and writes down what is called."""
 
-    def __init__(self, core, calls: list[partial]):
+    def __init__(self, core, calls: list[Any]):
         self._core, self._calls = core, calls
 
     def __getattr__(self, name: str):
         function = getattr(self._core, name)
-        if not name.endswith("_cpu"):  # no kernel, but what the machine or the build has
+        later = getattr(self._core.later, name, None)
+        if later is None:  # no kernel, but what the machine or the build has
             return function
 
         def call(*arguments):
-            self._calls.append(partial(function, *arguments))
+            self._calls.append(later(*arguments))
             return function(*arguments)
 
         return call
@@ -94,7 +107,7 @@ class _Recorder:
 class _Watch(TorchFunctionMode):
     """Keeps the memory that calls use, writes down what torch writes, refuses the rest."""
 
-    def __init__(self, calls: list[partial]):
+    def __init__(self, calls: list[Any]):
         super().__init__()
         self._calls = calls
         self.tensors: list[Tensor] = []  # those whose address anybody asked for
