@@ -192,7 +192,7 @@ def _expert_mlp_low_bit_cpu(
     down = LowBit(w2, w2_scales, w2_zeros, w2_perm)
     ffn_dim = down.shape[-1]
     out = x.new_empty(x.shape)
-    many, dtype = many_rows(x.dtype)
+    many, dtype = many_rows(x.dtype, bits)
     if expert_ids.numel() >= many * len(w13):  # on average an expert has many rows
         stacked = {"w13": up, "w2": down}
 
