@@ -103,12 +103,14 @@ inline Floats in_register(Floats value) {
   return value;
 }
 
-// Of a weight: row j starts at data + j * stride; only the first `count` rows exist.
+// Of a weight: row j starts at data + j * stride; only the first `count` rows exist. Rows of the
+// same stride that are read afterwards start at `next`.
 template <typename T>
 struct WeightRows {
   const T* data;
   int64_t stride;
   int64_t count;
+  const T* next;
 
   // Walks along the columns of rows, from a row and a column on.
   struct Walk {
@@ -162,14 +164,19 @@ void dot_rows(const float* x, const Weight& weight, int64_t in, Floats* out) {
   Floats sums[kRows][kLanes] = {};
   for (int64_t first = 0; first < in; first += kPanel) {
     const int64_t end = std::min(in, first + kPanel);
-    // Past the end of these columns follow those of the next rows, past theirs the ones after.
-    const int64_t beyond = std::max<int64_t>(1, kAhead / (end - first)) *
-                           (kStreams * weight.stride - (end - first) / kCodes);
+    // What is fetched ahead lies so many times kStreams rows later once these columns end.
+    const int64_t turns = std::max<int64_t>(1, kAhead / (end - first));
+    const Element* const after = end < in ? weight.data + element(end) : weight.next;
     for (int j = 0; j < kLanes; j += kStreams) {
       const Element* rows[kStreams];
       for (int s = 0; s < kStreams; ++s) {
         rows[s] = weight.data + std::min<int64_t>(j + s, weight.count - 1) * weight.stride;
       }
+      const int64_t later = j + turns * kStreams;
+      const Element* const ahead = later < kLanes
+                                       ? weight.data + element(first) + later * weight.stride
+                                       : after + (later - kLanes) * weight.stride;
+      const int64_t beyond = ahead - (rows[0] + element(first)) - turns * (end - first) / kCodes;
       typename Weight::Walk walk(weight, j, first);
       Floats totals[kRows][kStreams];
       for (int r = 0; r < kRows; ++r) {

@@ -6,9 +6,9 @@
 //     x_floats(), inner_floats()              of a packed row of x, and of silu(gate) * up
 //     scratch_floats()                        of memory that each thread hands to up() and down()
 //     pack(group, row, to)                    packs the rows of x, row(0) and on
-//     up(group, x, row, scratch, out)         kLanes of the 2 * ffn_dim rows of w13, times x
+//     up(rows, x, lines, scratch, out)        lines of the 2 * ffn_dim rows of w13, times x
 //     pack_inner(group, from, to)             packs rows of ffn_dim floats, with kRepacks
-//     down(group, inner, row, scratch, out)   kLanes of the hidden rows of w2, times inner
+//     down(rows, inner, lines, scratch, out)  lines of the hidden rows of w2, times inner
 //
 // Without kRepacks what lies between the projections is packed as Widened<float> would be.
 #pragma once
@@ -26,6 +26,22 @@ struct Group {
   int rows;
   int first_row;  // of the packed rows of all groups
   int pairs[kMaxRows];
+};
+
+// A row of an expert's weight.
+struct Line {
+  int64_t expert;
+  int64_t row;
+
+  int64_t of(int64_t rows) const { return expert * rows + row; }  // counted over all experts
+};
+
+// Rows of a weight, `count` from `at` on, of which kLanes are worked at most, and those that are
+// read afterwards.
+struct Lines {
+  Line at;
+  int64_t count;
+  Line next;
 };
 
 // The pairs of some tokens by expert; pair = token * top_k + slot.
@@ -78,8 +94,9 @@ void project_up(const Experts& experts, const Args& args, const Group& group, co
                 int64_t first, float* scratch, float* inner) {
   Floats gate[kMaxRows], up[kMaxRows];
   const int64_t count = args.ffn_dim - first;
-  experts.up(group, x, first, count, scratch, gate);
-  experts.up(group, x, args.ffn_dim + first, count, scratch, up);
+  const Line of_gate = {group.expert, first}, of_up = {group.expert, args.ffn_dim + first};
+  experts.up(group.rows, x, {of_gate, count, of_up}, scratch, gate);
+  experts.up(group.rows, x, {of_up, count, {group.expert, first + kLanes}}, scratch, up);
   const int padded = padded_rows(group.rows);
   for (int r = 0; r < padded; ++r) {
     const Floats value = silu(gate[r]) * up[r];
@@ -100,9 +117,11 @@ void project_down(const Experts& experts, const Args& args, const Plan& plan, co
   Floats down[kMaxPairs];
   for (int i = 0; i < plan.groups; ++i) {
     const Group& group = plan.group[i];
+    const Line next = i + 1 < plan.groups ? Line{plan.group[i + 1].expert, first}
+                                          : Line{plan.group[0].expert, first + kLanes};
     Floats dots[kMaxRows];
-    experts.down(group, inner + group.first_row * experts.inner_floats(), first,
-                 args.hidden - first, scratch, dots);
+    experts.down(group.rows, inner + group.first_row * experts.inner_floats(),
+                 {{group.expert, first}, args.hidden - first, next}, scratch, dots);
     for (int r = 0; r < group.rows; ++r) down[group.pairs[r]] = dots[r];
   }
   for (int64_t token = first_token; token < first_token + tokens; ++token) {

@@ -24,19 +24,20 @@ struct PlainExperts {
   void pack(const Group& group, Row&& row, float* to) const {
     cpu::MISTRAL_KERNELS_PATH::pack<Up>(group.rows, args.hidden, row, to);
   }
-  void up(const Group& group, const float* x, int64_t row, int64_t count, float*,
-          Floats* out) const {
-    const int64_t at = group.expert * args.stride_w13_expert + row * args.stride_w13_row;
-    dot<Up>(group.rows, x, rows_at(args.w13, at, args.stride_w13_row, count), args.hidden, out);
+  void up(int rows, const float* x, const Lines& lines, float*, Floats* out) const {
+    dot<Up>(rows, x, weight_rows(args.w13, lines, args.stride_w13_expert, args.stride_w13_row),
+            args.hidden, out);
   }
-  void down(const Group& group, const float* inner, int64_t row, int64_t count, float*,
-            Floats* out) const {
-    const int64_t at = group.expert * args.stride_w2_expert + row * args.stride_w2_row;
-    dot<Down>(group.rows, inner, rows_at(args.w2, at, args.stride_w2_row, count), args.ffn_dim,
-              out);
+  void down(int rows, const float* inner, const Lines& lines, float*, Floats* out) const {
+    dot<Down>(rows, inner, weight_rows(args.w2, lines, args.stride_w2_expert, args.stride_w2_row),
+              args.ffn_dim, out);
   }
-  static WeightRows<T> rows_at(const void* weight, int64_t at, int64_t stride, int64_t count) {
-    return {static_cast<const T*>(weight) + at, stride, count};
+  static WeightRows<T> weight_rows(const void* weight, const Lines& lines, int64_t stride_expert,
+                                   int64_t stride_row) {
+    const auto at = [&](const Line& line) {
+      return static_cast<const T*>(weight) + line.expert * stride_expert + line.row * stride_row;
+    };
+    return {at(lines.at), stride_row, lines.count, at(lines.next)};
   }
 };
 

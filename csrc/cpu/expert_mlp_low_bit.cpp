@@ -36,17 +36,19 @@ class LowBitExperts {
     pack_in_code_order<Format>(group.rows, args_.ffn_dim, perm(args_.w2, group, args_.ffn_dim), row,
                                to);
   }
-  void up(const Group& group, const float* x, int64_t row, int64_t count, float* scratch,
-          Floats* out) const {
-    const auto rows = low_bit_rows(args_.w13, up_groups_, args_.hidden,
-                                   group.expert * 2 * args_.ffn_dim + row, count, scratch);
-    dot<Format>(group.rows, x, rows, args_.hidden, out);
+  void up(int rows, const float* x, const Lines& lines, float* scratch, Floats* out) const {
+    const int64_t size = 2 * args_.ffn_dim;
+    dot<Format>(rows, x,
+                low_bit_rows(args_.w13, up_groups_, args_.hidden, lines.at.of(size), lines.count,
+                             lines.next.of(size), scratch),
+                args_.hidden, out);
   }
-  void down(const Group& group, const float* inner, int64_t row, int64_t count, float* scratch,
-            Floats* out) const {
-    const auto rows = low_bit_rows(args_.w2, down_groups_, args_.ffn_dim,
-                                   group.expert * args_.hidden + row, count, scratch);
-    dot<Format>(group.rows, inner, rows, args_.ffn_dim, out);
+  void down(int rows, const float* inner, const Lines& lines, float* scratch, Floats* out) const {
+    const int64_t size = args_.hidden;
+    dot<Format>(rows, inner,
+                low_bit_rows(args_.w2, down_groups_, args_.ffn_dim, lines.at.of(size), lines.count,
+                             lines.next.of(size), scratch),
+                args_.ffn_dim, out);
   }
 
  private:

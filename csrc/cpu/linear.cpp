@@ -32,8 +32,9 @@ void multiply(const Linear& args, int threads) {
 #pragma omp parallel for schedule(static) num_threads(team_size)
     for (int64_t line = 0; line < args.out_dim; line += kLanes) {
       const int64_t count = args.out_dim - line;
-      const WeightRows<T> lines = {weight + line * args.stride_weight_row, args.stride_weight_row,
-                                   count};
+      const T* data = weight + line * args.stride_weight_row;
+      const WeightRows<T> lines = {data, args.stride_weight_row, count,
+                                   data + kLanes * args.stride_weight_row};
       for (int64_t first = begin; first < end; first += kMaxRows) {
         const int rows = std::min<int64_t>(kMaxRows, end - first);
         Floats dots[kMaxRows];

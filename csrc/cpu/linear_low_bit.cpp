@@ -43,8 +43,8 @@ void multiply(const LinearLowBit& args, int threads) {
 #pragma omp for schedule(static)
       for (int64_t line = 0; line < args.out_dim; line += kLanes) {
         const int64_t count = args.out_dim - line;
-        const auto lines =
-            low_bit_rows(args.weight, groups, args.in_dim, line, count, scratch.data());
+        const auto lines = low_bit_rows(args.weight, groups, args.in_dim, line, count,
+                                        line + kLanes, scratch.data());
         for (int64_t first = begin; first < end; first += kMaxRows) {
           const int rows = std::min<int64_t>(kMaxRows, end - first);
           Floats dots[kMaxRows];

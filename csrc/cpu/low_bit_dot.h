@@ -254,6 +254,7 @@ struct LowBitRows {
   const typename Format::Element* data;
   int64_t stride;
   int64_t count;
+  const typename Format::Element* next;  // as in WeightRows
   const Groups<Format>& groups;
   const float* scales;  // (kLanes, groups.count), a vector behind them readable
   const float* zeros;   // likewise; garbage without Format::kZeros
@@ -301,11 +302,11 @@ inline int64_t scales_floats(const Groups<Format>& groups) {
   return (Format::kZeros ? 2 : 1) * kLanes * (groups.count + 1);
 }
 
-// Rows first .. first + count - 1 (kLanes at most) of a weight, counted over all experts. Their
-// scales and zeros go to `scratch`.
+// Rows first .. first + count - 1 (kLanes at most) of a weight; those from `next` on are read
+// afterwards. Rows are counted over all experts. Scales and zeros go to `scratch`.
 template <typename Format>
 LowBitRows<Format> low_bit_rows(const LowBit& weight, const Groups<Format>& groups, int64_t in,
-                                int64_t first, int64_t count, float* scratch) {
+                                int64_t first, int64_t count, int64_t next, float* scratch) {
   using Element = typename Format::Element;
   count = std::min<int64_t>(count, kLanes);
   const int64_t stride = in / Format::kCodes;
@@ -323,8 +324,8 @@ LowBitRows<Format> low_bit_rows(const LowBit& weight, const Groups<Format>& grou
       zeros[i] = weight.zeros == nullptr ? 0 : Format::kZero - from[i];
     }
   }
-  const auto* data = static_cast<const Element*>(weight.qweight) + first * stride;
-  return {data, stride, count, groups, scratch, zeros};
+  const auto* data = static_cast<const Element*>(weight.qweight);
+  return {data + first * stride, stride, count, data + next * stride, groups, scratch, zeros};
 }
 
 }  // namespace mistral_kernels::cpu::MISTRAL_KERNELS_PATH
