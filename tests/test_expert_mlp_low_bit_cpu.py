@@ -29,7 +29,7 @@ CASES = [
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("sizes", "kind"), CASES, ids=str)
 def test_odd_sizes_and_unused_experts(sizes, kind, path, threads, monkeypatch):
-    monkeypatch.setattr(MODULE, "many_rows", lambda dtype: (PATHS[path], torch.float32))
+    monkeypatch.setattr(MODULE, "many_rows", lambda dtype, bits: (PATHS[path], torch.float32))
     call = make_call(sizes, kind)
     call["expert_ids"].remainder_(sizes[3] - 1)  # nobody chose the last
     for scales in ("w13_scales", "w2_scales"):
@@ -53,7 +53,7 @@ def test_zeros_of_one_projection_only(name):
 
 
 def test_only_many_pairs_go_to_torch(monkeypatch):
-    monkeypatch.setattr(MODULE, "many_rows", lambda dtype: (2, torch.float32))  # 8 pairs of 4
+    monkeypatch.setattr(MODULE, "many_rows", lambda dtype, bits: (2, torch.float32))  # 8 pairs of 4
     run = dispatch.OPS["expert_mlp_low_bit"]["cpu"].run
     for tokens in (0, 1, 3, 4):
         call = make_call((tokens, 64, 96, 4, 2), KINDS["int8-row"])

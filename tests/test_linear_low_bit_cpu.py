@@ -50,7 +50,7 @@ def check(out: torch.Tensor, x: torch.Tensor, weight: LowBit) -> None:
 
 @pytest.fixture
 def only_ours(monkeypatch):
-    monkeypatch.setattr(MODULE, "many_rows", lambda dtype: (sys.maxsize, dtype))
+    monkeypatch.setattr(MODULE, "many_rows", lambda dtype, bits: (sys.maxsize, dtype))
 
 
 @pytest.mark.parametrize(("in_dim", "kind"), SIZES, ids=str)
@@ -119,8 +119,8 @@ def test_only_many_rows_go_to_torch(monkeypatch):
         for rows in (0, 1, 5, 6):
             x = torch.randn(rows, 256).to(dtype)
             with monkeypatch.context() as patch:
-                patch.setattr(MODULE, "many_rows", lambda dtype: (6, torch.float32))
+                patch.setattr(MODULE, "many_rows", lambda dtype, bits: (6, torch.float32))
                 inputs = (x, *tensors, kind.bits, kind.group_size, perm)
                 assert bool(torch_ops_of(run, *inputs)) == (rows == 6)
                 check(run(*inputs), x, LowBit(*weight))
-        assert MODULE.many_rows(dtype)[0] > 8  # decode is ours
+        assert MODULE.many_rows(dtype, 8)[0] > 8  # decode is ours
