@@ -17,7 +17,7 @@ from benchmarks.bench_model import (
     random_model,
     work_of,
 )
-from benchmarks.low_bit_weights import FORMATS
+from benchmarks.low_bit_weights import FORMATS, group_of
 from benchmarks.timing import OURS
 from mistral_kernels.model.random_weights import in_few_bits
 
@@ -53,7 +53,8 @@ SHAPES["cuda"] = shapes(GPU_SIZES, 512)
 
 def test_low_bit_model(bench, device, shape, dtype):
     full = random_model(shape, dtype, device)
-    model = in_few_bits(full, shape.format.partition("-")[0])
+    codes, group_size = shape.format.partition("-")[0], group_of(shape.format)["group_size"]
+    model = in_few_bits(full, codes, group_size=group_size)
     ours = decode_contest(model, {}, shape)[OURS]
     theirs = decode_contest(full, {}, shape)[OURS]
     work = work_of(model, shape)

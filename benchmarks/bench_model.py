@@ -69,7 +69,7 @@ GPU_SIZES = {
     "mistral-7b": (32, 4096, 32, 8, 128, 14336, 0, 32000, 4096),
     "mixtral-8x7b-8-layers": (8, 4096, 32, 8, 128, 14336, 8, 32000, 4096),
 }
-TINY = {"dense": (2, 32, 4, 2, 16, 48, 0, 64, 8), "mixtral": (2, 32, 4, 2, 16, 48, 4, 64, 8)}
+TINY = {"dense": (2, 32, 4, 2, 16, 64, 0, 64, 8), "mixtral": (2, 32, 4, 2, 16, 64, 4, 64, 8)}
 
 
 def shapes(sizes: dict[str, tuple], context: int, prompts: tuple[int, ...]) -> dict[str, Shape]:

@@ -9,7 +9,7 @@ from mistral_kernels.ops.low_bit import INT4, LowBit, quantise
 FORMATS = {
     f"{name}-g{group_size}" if group_size else name: (codes, group_size)
     for name, (codes, group_size) in random_weights.FORMATS.items()
-}
+} | {"int4-g32": (INT4, 32)}
 
 
 def random_weight(shape: tuple[int, ...], name: str, dtype: torch.dtype, device: str) -> LowBit:

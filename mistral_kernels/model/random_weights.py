@@ -20,13 +20,16 @@ STD = 0.02  # of the weights, as transformers draws them
 FORMATS = {"int4": (INT4, 128), "int8": (INT8, None), "fp8": (FP8, None)}
 
 
-def low_bit_forms(config: ModelConfig, name: str, scales: torch.dtype) -> dict[str, LowBitForm]:
+def low_bit_forms(
+    config: ModelConfig, name: str, scales: torch.dtype, group_size: int | None = None
+) -> dict[str, LowBitForm]:
     """The forms of a model's projections; embeddings, norms and router stay in full.
 
     Args:
         config: the model.
         name: of FORMATS. A row that is narrower than a group is one group.
         scales: their dtype.
+        group_size: None: as in FORMATS.
 
     Returns:
         Name of the weight to its form, as `Transformer` takes them.
@@ -34,7 +37,8 @@ def low_bit_forms(config: ModelConfig, name: str, scales: torch.dtype) -> dict[s
     Raises:
         ValueError: the groups do not divide a row; the size that is at fault is named.
     """
-    codes, group_size = FORMATS[name]
+    codes, usual_size = FORMATS[name]
+    group_size = group_size or usual_size
     sizes = {"wqkv": "hidden", "wo": "q_heads * head_dim", "w13": "hidden", "w2": "ffn_dim"}
     forms = {}
     for weight, shape in parameter_shapes(config).items():
@@ -87,12 +91,15 @@ def random_model(
     return model
 
 
-def in_few_bits(full: Transformer, weights: str, *, backend: str = "auto") -> Transformer:
+def in_few_bits(
+    full: Transformer, weights: str, *, group_size: int | None = None, backend: str = "auto"
+) -> Transformer:
     """A copy of a model in full, its projections rounded to the nearest codes.
 
     Args:
         full: the model; it keeps its weights.
         weights: of FORMATS.
+        group_size: None: as there.
         backend: of the copy, as `Transformer` takes it.
 
     Raises:
@@ -102,7 +109,7 @@ def in_few_bits(full: Transformer, weights: str, *, backend: str = "auto") -> Tr
         full.config,
         device=full.device,
         dtype=full.dtype,
-        low_bit=low_bit_forms(full.config, weights, full.dtype),
+        low_bit=low_bit_forms(full.config, weights, full.dtype, group_size),
         backend=backend,
         max_batch_size=full.max_batch_size,
     )
