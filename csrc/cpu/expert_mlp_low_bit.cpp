@@ -2,8 +2,9 @@
 //
 // As expert_mlp.cpp does, on codes: those of a used expert are read once for each kMaxPairs pairs,
 // 3 * hidden * ffn_dim / 2 bytes of 4 bits. linear_low_bit.cpp says what a core makes of them.
-// What lies between the two projections stays in fp32, and is packed when all of it is there,
-// because the codes of w2 have an order of their own.
+// What lies between the two projections is packed when all of it is there, because the codes of w2
+// have an order of their own: in fp32, or where bf16 multiplies the codes in that, as a model that
+// works op by op would have it.
 #include "cpu/expert_loop.h"
 #include "cpu/low_bit_dot.h"
 
