@@ -151,10 +151,12 @@ def test_slots_are_summed_in_order(backend, device):
 
 def test_strided_operands(backend, device):
     call = make_call(6, 16, 24, 4, 2, device=device)
-    expected = ops.expert_mlp(**call, backend=backend)
     strided = {name: shapes.laid_out(value, "padded") for name, value in call.items()}
     strided["w13"] = shapes.laid_out(call["w13"], "permuted")
-    assert_same(ops.expert_mlp(**strided, backend=backend), expected, "strided")
+    out = ops.expert_mlp(**strided, backend=backend)
+    check(out, call)
+    if backend != "reference":  # torch's GEMM adds up in another order where strides differ
+        assert_same(out, ops.expert_mlp(**call, backend=backend), "strided")
 
 
 def gradient_case(sizes, device="cpu"):
