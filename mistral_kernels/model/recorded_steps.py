@@ -8,6 +8,7 @@ calls read it, and make them again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
@@ -108,7 +109,7 @@ class _RecordedStep:
         return (
             model is self._model
             and tables is self._tables
-            and all(a is b for a, b in zip(layers, self._layers, strict=True))
+            and all(map(is_, layers, self._layers))
             and [*model.kernels.values()] == self._kernels
             and (self.calls is None or self.calls.current())
             and self._state.unchanged()
