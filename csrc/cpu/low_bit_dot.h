@@ -121,6 +121,8 @@ struct FastestInt4 {
 };
 
 #if defined(__AVX512BF16__)
+using Halves = uint16_t __attribute__((vector_size(64)));
+
 // A look-up finds the values of two codes of a lane, four columns apart, and their products with
 // two columns of x in bf16 are added at once. In bf16 all these values are exact.
 template <bool kZeros>
@@ -130,11 +132,13 @@ struct Int4Pairs : Int4<kZeros> {
   static constexpr int kVectors = kParts + kZeros;
 
   static Floats part(Words words, int part) {
-    constexpr uint64_t k = 0xbf80c000c040c080, l = 0xc0a0c0c0c0e0c100;
-    constexpr uint64_t m = 0x404040003f800000, n = 0x40e040c040a04080;
-    const auto values = _mm512_set_epi64(n, m, k, l, n, m, k, l);
-    const auto which = (__m512i)(words >> (4 * part));
-    return (Floats)_mm512_maskz_permutexvar_epi16(-1, which, values);
+    // -8 to 7 as bf16, twice: it looks at five bits, of which four are the code.
+    const Halves values = {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,  //
+                           0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,  //
+                           0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,  //
+                           0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+    const auto codes = (__m512i)(words >> (4 * part));
+    return (Floats)_mm512_maskz_permutexvar_epi16(-1, codes, (__m512i)values);
   }
   static Floats add(Floats sum, Floats weight, Floats x) { return Pairs::add(sum, weight, x); }
   static float packed(const BFloat16* columns, int part) {

@@ -235,8 +235,9 @@ inline float sum(Floats value) {
 
 // The largest of all lanes, none of which is NaN.
 inline float largest_of(Floats value) {
-  for (int left = kLanes; left > 1; left /= 2)
+  for (int left = kLanes; left > 1; left /= 2) {
     value = larger(evens(value, value), odds(value, value));
+  }
   return value[0];
 }
 
