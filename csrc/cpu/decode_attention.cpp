@@ -40,8 +40,8 @@ struct Span {
 
 // ---- The new token.
 
-// Writes x to `to`, turned by the angles of its position unless it is already, times `factor`, as
-// the rope op would.
+// Writes x to `to`, turned by the angles of its position and times `factor` as the rope op would,
+// unless it is turned already.
 template <typename T>
 void rotate_new(const DecodeAttention& args, int64_t position, const T* x, float factor, T* to) {
   if (args.cos != nullptr) {

@@ -176,8 +176,8 @@ void add_values(const float* weights, const Cache* const* rows, int64_t keys, in
   }
 }
 
-// Attends the `keys` rows of k and v with all heads of the group, whose queries are multiplied with
-// `factor`. `k` is padded to whole vectors.
+// Attends the `keys` rows of k and v with all heads of the group. `factor` is that of the scores,
+// and `k` is padded to whole vectors of them.
 template <typename Key, int kHeads, typename Cache>
 __attribute__((noinline)) void attend(const Layout& layout, int64_t head_dim, float factor,
                                       const Cache* const* k, const Cache* const* v, int64_t keys,

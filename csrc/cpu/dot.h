@@ -164,8 +164,11 @@ void dot_rows(const float* x, const Weight& weight, int64_t in, Floats* out) {
   Floats sums[kRows][kLanes] = {};
   for (int64_t first = 0; first < in; first += kPanel) {
     const int64_t end = std::min(in, first + kPanel);
-    // What is fetched ahead lies so many times kStreams rows later once these columns end.
-    const int64_t turns = std::max<int64_t>(1, kAhead / (end - first));
+    // What is fetched ahead lies so many times kStreams rows later once these columns end: where
+    // there are fewer than kAhead, in the same column.
+    const int64_t columns = end - first;
+    const int64_t turns = std::max<int64_t>(1, kAhead / columns);
+    const int64_t ahead = std::min(kAhead, turns * columns);
     const Element* const after = end < in ? weight.data + element(end) : weight.next;
     for (int j = 0; j < kLanes; j += kStreams) {
       const Element* rows[kStreams];
@@ -173,10 +176,10 @@ void dot_rows(const float* x, const Weight& weight, int64_t in, Floats* out) {
         rows[s] = weight.data + std::min<int64_t>(j + s, weight.count - 1) * weight.stride;
       }
       const int64_t later = j + turns * kStreams;
-      const Element* const ahead = later < kLanes
-                                       ? weight.data + element(first) + later * weight.stride
-                                       : after + (later - kLanes) * weight.stride;
-      const int64_t beyond = ahead - (rows[0] + element(first)) - turns * (end - first) / kCodes;
+      const Element* const target = later < kLanes
+                                        ? weight.data + element(first) + later * weight.stride
+                                        : after + (later - kLanes) * weight.stride;
+      const int64_t beyond = target - (rows[0] + element(first)) - turns * columns / kCodes;
       typename Weight::Walk walk(weight, j, first);
       Floats totals[kRows][kStreams];
       for (int r = 0; r < kRows; ++r) {
@@ -207,9 +210,9 @@ void dot_rows(const float* x, const Weight& weight, int64_t in, Floats* out) {
           }
         };
         for (; i + kLine <= stop; i += kLine) {
-          const int64_t next = i + kAhead < end ? 0 : beyond;
+          const int64_t next = i + ahead < end ? 0 : beyond;
           for (int s = 0; s < kStreams; ++s) {
-            __builtin_prefetch(rows[s] + element(i + kAhead) + next, 0, kLocality);
+            __builtin_prefetch(rows[s] + element(i + ahead) + next, 0, kLocality);
           }
 #pragma GCC unroll 8
           for (int k = 0; k < kLine; k += kStep) step(i + k, kStep);

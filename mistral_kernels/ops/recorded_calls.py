@@ -94,7 +94,7 @@ class _Recorder:
     def __getattr__(self, name: str):
         function = getattr(self._core, name)
         later = getattr(self._core.later, name, None)
-        if later is None:  # no kernel, but what the machine or the build has
+        if later is None:  # asks for facts; CUDA's kernels are captured in graphs instead
             return function
 
         def call(*arguments):
