@@ -25,7 +25,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter
 
     interpreter.round_bf16_to_nearest()
-    interpreter.multiply_bf16()
+    interpreter.multiply_as_a_gpu()
     interpreter.patch_the_language_once()
     interpreter.skip_overflow_checks()
 
